@@ -1,0 +1,110 @@
+"""The sandbox as its callers see it: run a program under limits, get back what it did and why it ended."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from typing import Annotated, Protocol
+
+import msgspec
+from msgspec import Meta
+
+
+class Ended(enum.StrEnum):
+    """The one cause of a program's end."""
+
+    FINISHED = "finished"
+    """It exited by itself; `exit_code` says how."""
+    WALL_LIMIT = "wall_limit"
+    CPU_LIMIT = "cpu_limit"
+    MEMORY = "memory"
+    OUTPUT_LIMIT = "output_limit"
+    SIGNALLED = "signalled"
+    """Killed by a signal of its own making; `signal` says which."""
+    COMPILE_ERROR = "compile_error"
+    """The program's text is no valid program."""
+    NOT_RUN = "not_run"
+    """An earlier case of the same batch failed and the caller asked to stop there."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one program may use. They hold for all its processes together."""
+
+    wall_s: Annotated[float, Meta(gt=0)] = 12.0
+    """Wall-clock seconds per case. CPU decides 'too slow'; the wall limit catches programs that sleep."""
+    cpu_s: Annotated[float, Meta(gt=0)] = 10.0
+    """CPU seconds per case."""
+    memory_bytes: Annotated[int, Meta(gt=0)] = 512 * 2**20
+    processes: Annotated[int, Meta(ge=1)] = 64
+    output_bytes: Annotated[int, Meta(ge=0)] = 2**20
+    """Of standard output; standard error is cut at 64 KiB."""
+    disk_bytes: Annotated[int, Meta(ge=0)] = 64 * 2**20
+    """Of the private scratch folder."""
+    file_bytes: Annotated[int, Meta(ge=0)] = 64 * 2**20
+    """Of any single file."""
+
+
+class Program(msgspec.Struct, frozen=True, kw_only=True):
+    """What to run."""
+
+    source: bytes
+    """UTF-8 text of the program."""
+    language: str = "python"
+    arguments: tuple[str, ...] = ()
+    files: dict[str, bytes] = {}
+    """Relative name to content, laid into the scratch folder before the start."""
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What one run of a program did. Everything in it was observed from outside the program."""
+
+    ended: Ended
+    exit_code: int | None = None
+    signal: int | None = None
+    stdout: bytes = b""
+    """Cut at the limit. Decode with errors="replace"."""
+    stderr: bytes = b""
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    max_rss_bytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether it exited by itself with status 0."""
+        return self.ended is Ended.FINISHED and self.exit_code == 0
+
+
+class Sandbox(Protocol):
+    """One place where one program runs at a time, isolated from the host and from every other program."""
+
+    async def run(self, program: Program, stdin: bytes = b"", limits: Limits = Limits()) -> Outcome:
+        """Run `program` once.
+
+        Raises:
+            SandboxError: the sandbox itself failed; nothing is known about the program.
+        """
+        ...
+
+    async def run_cases(
+        self,
+        program: Program,
+        stdins: Sequence[bytes],
+        limits: Limits = Limits(),
+        *,
+        go_on: Callable[[int, Outcome], bool] | None = None,
+    ) -> list[Outcome]:
+        """Run `program` once per entry of `stdins`, each in processes of its own; outcomes in the same order.
+
+        `go_on(case, outcome)` is asked outside the sandbox after each case; when it says False, the cases after it
+        are `NOT_RUN`.
+        """
+        ...
+
+    async def run_pair(self, solution: Program, tester: Program, limits: Limits = Limits()) -> tuple[Outcome, Outcome]:
+        """Run the tester's and the solution's programs in two separate sandboxes joined by one stream socket.
+
+        The tester finds its end as file descriptor 3, the solution finds its own as file descriptor 3. Neither can
+        see the other's memory, files or processes: only bytes cross, so the tester's expected values and verdict
+        are out of the solution's reach. Returns (solution outcome, tester outcome).
+        """
+        ...

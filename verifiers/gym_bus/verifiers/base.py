@@ -1,0 +1,70 @@
+"""What a verifier is: a pure function from a dataset row and a model response to a verdict."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import msgspec
+
+from gym_bus.messages import Verdict
+from gym_bus.sandbox.api import Sandbox
+
+__all__ = ["AnyVerifier", "Placement", "SandboxedVerifier", "Task", "Verdict", "Verifier"]
+
+
+class Placement(enum.StrEnum):
+    """Where a verifier runs."""
+
+    INLINE = "inline"
+    """In the worker's event loop: microseconds, no I/O."""
+    CPU = "cpu"
+    """Pure, but more than a millisecond of CPU or unbounded time: on a pool, killed at its limit."""
+    SANDBOXED = "sandboxed"
+    """Runs code that a model wrote: on a pool, inside the sandbox."""
+
+
+class Task(msgspec.Struct, frozen=True):
+    """One dataset row, decoded, as a verifier sees it."""
+
+    row: dict[str, Any]
+    """All keys of the materialized row, `responses_create_params` included."""
+    response: dict[str, Any]
+    """The Responses object. `gym_bus.verifiers.text` has the ways to read text out of it."""
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """An inline or CPU verifier. The constructor takes the job's options as keyword arguments and checks them."""
+
+    placement: ClassVar[Placement]
+    required: ClassVar[tuple[str, ...]]
+    """Row keys without which the row cannot be judged; used to check data before a job starts."""
+
+    def verify(self, task: Task) -> Verdict:
+        """Score one attempt. Pure: no bus, no clock, no network, so it can run anywhere, twice.
+
+        Raises:
+            TaskError: the row is broken (no or unusable reference), so there is no reward.
+        """
+        ...
+
+
+@runtime_checkable
+class SandboxedVerifier(Protocol):
+    """A verifier that runs model-written code. Expected outputs never enter the sandbox."""
+
+    placement: ClassVar[Placement]
+    required: ClassVar[tuple[str, ...]]
+
+    async def verify(self, task: Task, sandbox: Sandbox) -> Verdict:
+        """Score one attempt with the help of a sandbox.
+
+        Raises:
+            TaskError: the row is broken.
+            SandboxError: the sandbox failed; the check is repeated elsewhere.
+        """
+        ...
+
+
+AnyVerifier = Verifier | SandboxedVerifier
