@@ -21,7 +21,9 @@ _TOKEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 def token(name: str, what: str = "name") -> str:
     """`name` unchanged where it can be one token of a subject, else UsageError."""
     if not _TOKEN.fullmatch(name):
-        raise UsageError(f"{what} {name!r} must be letters, digits, '_' and '-' (at most 128), starting with a letter or digit")
+        raise UsageError(
+            f"{what} {name!r} must be letters, digits, '_' and '-' (at most 128), starting with a letter or digit"
+        )
     return name
 
 
