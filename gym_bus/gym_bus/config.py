@@ -246,7 +246,7 @@ _UNKNOWN = re.compile(r"Object contains unknown field `(?P<field>[^`]*)`")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, interpolations unresolved. Raises ConfigError naming the file, and the line where known."""
+    """The mapping in a YAML file, interpolations unresolved. ConfigError names the file, and the line where known."""
     try:
         node = OmegaConf.load(path)
     except FileNotFoundError:

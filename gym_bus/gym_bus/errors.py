@@ -12,7 +12,7 @@ from typing import ClassVar
 
 
 class FailureKind(enum.StrEnum):
-    """The closed set of reasons why a rollout ended without a reward. `RETRYABLE` says which are worth another attempt."""
+    """The closed set of reasons why a rollout ended without a reward."""
 
     MODEL_UNREACHABLE = "model_unreachable"
     """No connection to the model endpoint: refused, unknown host, reset before a reply."""
@@ -75,7 +75,7 @@ class GymBusError(Exception):
 
 
 class UsageError(GymBusError):
-    """What the user asked for cannot be done as written: an unknown name, a bad file, a missing setting. Exit code 2."""
+    """What the user asked for cannot be done as written: unknown name, bad file, missing setting. Exit code 2."""
 
 
 class ConfigError(UsageError):

@@ -1,0 +1,1 @@
+"""Agents: what turns a rollout request into an attempt."""

@@ -1,0 +1,1 @@
+"""Workers: the processes between the streams."""

@@ -1,0 +1,418 @@
+"""The connection to the NATS server and everything gym_bus does with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+import nats
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext, api
+from nats.js.kv import KeyValue
+from nats.js.object_store import ObjectStore
+
+from gym_bus import subjects
+from gym_bus.bus.publish import Publisher
+from gym_bus.bus.pull import CLAIM_HEADER, ID_HEADER
+from gym_bus.config import BusConfig, MiB, StreamConfig
+from gym_bus.errors import BusError, UsageError
+from gym_bus.logs import get_logger
+from gym_bus.messages import Attempt, Message, Request, Result, encode
+
+log = get_logger(__name__)
+
+API_LIMIT_S = 10.0
+DEDUPE_WINDOW_S = 120.0
+MAX_MESSAGE_BYTES = 8 * MiB
+
+
+class Bus:
+    """A connection to the NATS server and everything gym_bus does with it."""
+
+    def __init__(self, client: Client, config: BusConfig) -> None:
+        self.client, self.config = client, config
+        self.js: JetStreamContext = client.jetstream(timeout=API_LIMIT_S)
+        self.on_reconnect: list[Callable[[], None]] = []
+        self._publisher = Publisher(client, config.publish_limit_s)
+        self._stores: dict[str, Any] = {}
+
+    @classmethod
+    async def connect(cls, config: BusConfig, *, name: str = "gym-bus", url: str | None = None) -> Bus:
+        """Connect, reconnecting for ever afterwards.
+
+        Raises:
+            BusError: no server answers at the address within `connect_limit_s`, or it has no JetStream.
+        """
+        address = url or config.url
+        if not address:
+            raise UsageError("no NATS server given: set bus.url, or pass --nats URL")
+        holder: list[Bus] = []
+
+        async def reconnected() -> None:
+            for callback in list(holder[0].on_reconnect):
+                callback()
+
+        async def error(e: Exception) -> None:
+            log.info("bus_error", error=repr(e))
+
+        options: dict[str, Any] = {"user_credentials": config.credentials} if config.credentials else {}
+        try:
+            client = await asyncio.wait_for(
+                nats.connect(
+                    address,
+                    name=name,
+                    connect_timeout=config.connect_limit_s,
+                    allow_reconnect=True,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=0.2,
+                    ping_interval=10,
+                    max_outstanding_pings=2,
+                    pending_size=32 * MiB,
+                    error_cb=error,
+                    reconnected_cb=reconnected,
+                    **options,
+                ),
+                config.connect_limit_s,
+            )
+        except (TimeoutError, OSError, nats.errors.Error, ValueError) as e:
+            why = str(e) or type(e).__name__
+            raise BusError(
+                f"cannot reach a NATS server at {redact(address)} within {config.connect_limit_s:g} s: {why}; "
+                "is it running, and is the address right?"
+            ) from None
+        bus = cls(client, config)
+        holder.append(bus)
+        await bus._publisher.start()
+        return bus
+
+    async def close(self) -> None:
+        """Flush and disconnect."""
+        await self._publisher.close()
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self.client.flush(), 2.0)
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self.client.close(), 2.0)
+
+    async def __aenter__(self) -> Bus:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # -- streams ------------------------------------------------------------------------------------------------------
+
+    async def init(self) -> list[str]:
+        """Create or update streams, buckets and the object store; the same settings twice change nothing.
+
+        Returns the names, for the user to see.
+        """
+        c = self.config
+        work, limits = api.RetentionPolicy.WORK_QUEUE, api.RetentionPolicy.LIMITS
+        advisories = [
+            f"$JS.EVENT.ADVISORY.CONSUMER.{event}.{stream}.*"
+            for event in ("MAX_DELIVERIES", "MSG_TERMINATED")
+            for stream in (subjects.REQUESTS, subjects.ATTEMPTS)
+        ]
+        streams = [
+            self._stream(subjects.REQUESTS, ["gym.request.>"], c.requests, retention=work),
+            self._stream(subjects.ATTEMPTS, ["gym.attempt.>"], c.attempts, retention=work),
+            self._stream(
+                subjects.RESULTS,
+                ["gym.result.>"],
+                c.results,
+                retention=limits,
+                max_msgs_per_subject=1,
+                discard_new_per_subject=True,
+            ),
+            self._stream(
+                subjects.ADVISORIES, advisories, c.advisories, retention=limits, discard=api.DiscardPolicy.OLD
+            ),
+        ]
+        try:
+            account = await self.js.account_info()
+            del account
+            for stream in streams:
+                await self._ensure(stream)
+            for bucket in (subjects.JOBS, subjects.WORKERS, subjects.LIMITS):
+                await self.bucket(bucket)
+            await self._blobs()
+        except (TimeoutError, nats.js.errors.Error, nats.errors.Error) as e:
+            raise BusError(
+                f"JetStream did not set up the streams: {e or type(e).__name__}; "
+                "gym_bus needs nats-server 2.11 or newer with JetStream enabled (`nats-server -js`)"
+            ) from None
+        return [*(str(s.name) for s in streams), subjects.JOBS, subjects.WORKERS, subjects.LIMITS, subjects.BLOBS]
+
+    def _stream(self, name: str, names: list[str], limits: StreamConfig, **more: Any) -> api.StreamConfig:
+        settings: dict[str, Any] = {
+            "discard": api.DiscardPolicy.NEW,
+            "max_msgs": limits.max_msgs,
+            "max_bytes": limits.max_bytes,
+            "max_age": limits.max_age_s,
+            "max_msg_size": MAX_MESSAGE_BYTES,
+            "storage": api.StorageType(self.config.storage),
+            "num_replicas": self.config.replicas,
+            "duplicate_window": DEDUPE_WINDOW_S,
+            "allow_direct": True,
+        }
+        return api.StreamConfig(name=name, subjects=names, **(settings | more))
+
+    async def _ensure(self, config: api.StreamConfig) -> None:
+        try:
+            await self.js.add_stream(config)
+        except nats.js.errors.APIError as e:
+            if e.err_code != 10058:  # exists with other settings
+                raise
+            await self.js.update_stream(config)
+
+    async def bucket(self, name: str) -> KeyValue:
+        """A key-value bucket, created on first use."""
+        if name not in self._stores:
+            try:
+                self._stores[name] = await self.js.key_value(name)
+            except nats.js.errors.NotFoundError:
+                self._stores[name] = await self.js.create_key_value(
+                    api.KeyValueConfig(bucket=name, history=1, replicas=self.config.replicas)
+                )
+        store: KeyValue = self._stores[name]
+        return store
+
+    async def _blobs(self) -> ObjectStore:
+        if subjects.BLOBS not in self._stores:
+            try:
+                self._stores[subjects.BLOBS] = await self.js.object_store(subjects.BLOBS)
+            except nats.js.errors.NotFoundError:
+                self._stores[subjects.BLOBS] = await self.js.create_object_store(
+                    subjects.BLOBS, config=api.ObjectStoreConfig(replicas=self.config.replicas)
+                )
+        store: ObjectStore = self._stores[subjects.BLOBS]
+        return store
+
+    async def consumer(self, stream: str, name: str, subject: str, *, max_ack_pending: int, max_deliver: int) -> None:
+        """A durable pull consumer with explicit acks, created or left as it is."""
+        config = api.ConsumerConfig(
+            durable_name=name,
+            filter_subject=subject,
+            ack_policy=api.AckPolicy.EXPLICIT,
+            ack_wait=self.config.ack_wait_s,
+            max_ack_pending=max_ack_pending,
+            max_deliver=max_deliver,
+            max_waiting=4096,
+        )
+        await self._api(self.js.add_consumer(stream, config), f"consumer {name}")
+
+    async def ephemeral_reader(self, stream: str, subject: str, start_sequence: int) -> str:
+        """A consumer without acks that vanishes when nobody reads; returns its name."""
+        config = api.ConsumerConfig(
+            filter_subject=subject,
+            deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE,
+            opt_start_seq=max(1, start_sequence),
+            ack_policy=api.AckPolicy.NONE,
+            mem_storage=True,
+            inactive_threshold=60.0,
+            num_replicas=1,
+        )
+        info = await self._api(self.js.add_consumer(stream, config), f"a reader of {subject}")
+        return str(info.name)
+
+    async def _api(self, call: Any, what: str) -> Any:
+        try:
+            return await asyncio.wait_for(call, API_LIMIT_S)
+        except (TimeoutError, nats.errors.Error) as e:
+            raise BusError(f"{what}: {e or type(e).__name__}") from None
+
+    async def consumer_info(self, stream: str, name: str) -> Any:
+        """What the server says of a consumer."""
+        return await self._api(self.js.consumer_info(stream, name), f"consumer {name}")
+
+    async def idle(self, stream: str) -> bool:
+        """Whether no consumer of the stream has anything to deliver or waits for an ack."""
+        consumers = await self._api(self.js.consumers_info(stream), f"consumers of {stream}")
+        return all(not c.num_pending and not c.num_ack_pending for c in consumers)
+
+    # -- publishing ---------------------------------------------------------------------------------------------------
+
+    async def publish(self, message: Message, message_id: str, *, lane: str = "batch") -> bool:
+        """Publish and wait until the broker has stored it. Returns False where it had it before.
+
+        Args:
+            message: its subject follows from what it is.
+            message_id: starts with the rollout's identity; a repeat under the same id is dropped by the broker.
+            lane: the priority class, for requests.
+
+        Raises:
+            BusError: the broker did not take it within `publish_limit_s`; a full stream is waited for.
+        """
+        if isinstance(message, Request):
+            subject = subjects.request(lane, message.agent, message.rollout.job)
+        elif isinstance(message, Attempt):
+            subject = subjects.attempt(message.verifier, message.rollout.job)
+        else:
+            r = message.rollout
+            subject = subjects.result(r.job, r.task_index, r.rollout_index)
+        payload = encode(message)
+        headers = {ID_HEADER: message_id}
+        if len(payload) > self.config.inline_limit_bytes:
+            headers[CLAIM_HEADER] = await self._store_blob(subject, message_id, payload)
+            payload = b""
+        return await self._publisher.publish(subject, payload, headers)
+
+    async def _store_blob(self, subject: str, message_id: str, payload: bytes) -> str:
+        job = message_id.split(".", 1)[0]
+        key = f"{job}/{subject}/{message_id}"
+        await self._api((await self._blobs()).put(key, payload), f"object {key}")
+        return key
+
+    async def fetch_blob(self, key: str) -> bytes:
+        """The body behind a claim."""
+        found = await self._api((await self._blobs()).get(key), f"object {key}")
+        return bytes(found.data or b"")
+
+    async def delete_blobs(self, job: str) -> int:
+        """Delete the objects of a job; returns how many there were."""
+        store = await self._blobs()
+        try:
+            entries = await asyncio.wait_for(store.list(), API_LIMIT_S)
+        except (TimeoutError, nats.errors.Error):  # an empty store is an error to the client
+            return 0
+        names = [str(e.name) for e in entries if str(e.name).startswith(f"{job}/")]
+        for name in names:
+            await self._api(store.delete(name), f"object {name}")
+        return len(names)
+
+    async def respond(self, reply: str, body: bytes) -> None:
+        """Answer a delivery. Where the connection is away the answer is dropped and the lease runs out."""
+        with contextlib.suppress(nats.errors.Error):
+            await self.client.publish(reply, body)
+
+    # -- what lies on the streams -------------------------------------------------------------------------------------
+
+    async def waiting(self, stream: str, subject: str) -> int:
+        """Messages of `subject` (wildcards allowed) that a work queue holds, those in flight included."""
+        info = await self._api(self.js.stream_info(stream, subjects_filter=subject), f"stream {stream}")
+        return sum((info.state.subjects or {}).values())
+
+    async def count(self, stream: str, subject: str) -> int:
+        """Messages of `subject` in the stream, however many subjects there are."""
+        name = await self.ephemeral_reader(stream, subject, 1)
+        info = await self.consumer_info(stream, name)
+        with contextlib.suppress(Exception):
+            await self.js.delete_consumer(stream, name)
+        return int(info.num_pending or 0)
+
+    async def messages(self, stream: str, subject: str) -> AsyncIterator[tuple[int, str, str]]:
+        """(sequence, subject, message id) of every stored message of `subject`, in order; bodies are not decoded."""
+        sequence = 1
+        while True:
+            try:
+                found = await asyncio.wait_for(
+                    self.js.get_msg(stream, seq=sequence, subject=subject, next=True), API_LIMIT_S
+                )
+            except nats.js.errors.NotFoundError:
+                return
+            except (TimeoutError, nats.errors.Error) as e:
+                raise BusError(f"stream {stream}: {e or type(e).__name__}") from None
+            yield int(found.seq or 0), str(found.subject), (found.headers or {}).get(ID_HEADER, "")
+            sequence = int(found.seq or 0) + 1
+
+    async def message_at(self, stream: str, sequence: int) -> tuple[str, bytes] | None:
+        """(message id, body) at a sequence; None where there is nothing (any more)."""
+        try:
+            found = await asyncio.wait_for(self.js.get_msg(stream, seq=sequence), API_LIMIT_S)
+        except nats.js.errors.NotFoundError:
+            return None
+        except (TimeoutError, nats.errors.Error) as e:
+            raise BusError(f"stream {stream}: {e or type(e).__name__}") from None
+        return (found.headers or {}).get(ID_HEADER, ""), found.data or b""
+
+    async def delete(self, stream: str, sequence: int) -> None:
+        """Remove one message."""
+        with contextlib.suppress(nats.js.errors.NotFoundError):
+            await self._api(self.js.delete_msg(stream, sequence), f"stream {stream}")
+
+    async def purge(self, stream: str, subject: str) -> None:
+        """Remove every message of `subject`."""
+        await self._api(self.js.purge_stream(stream, subject=subject), f"stream {stream}")
+
+    # -- small state --------------------------------------------------------------------------------------------------
+
+    async def put(self, bucket: str, key: str, value: Any) -> int:
+        """Store a value as JSON; returns its revision."""
+        store = await self.bucket(bucket)
+        return int(await self._api(store.put(key, msgspec.json.encode(value)), f"{bucket}/{key}"))
+
+    async def get(self, bucket: str, key: str, type_: Any = Any) -> Any:
+        """The value of a key, None where there is none."""
+        found = await self.get_entry(bucket, key, type_)
+        return found[0] if found else None
+
+    async def get_entry(self, bucket: str, key: str, type_: Any = Any) -> tuple[Any, int] | None:
+        """(value, revision) of a key, None where there is none."""
+        store = await self.bucket(bucket)
+        try:
+            entry = await asyncio.wait_for(store.get(key), API_LIMIT_S)
+        except (nats.js.errors.KeyNotFoundError, nats.js.errors.KeyDeletedError):
+            return None
+        except (TimeoutError, nats.errors.Error) as e:
+            raise BusError(f"{bucket}/{key}: {e or type(e).__name__}") from None
+        return msgspec.json.decode(entry.value or b"null", type=type_), int(entry.revision or 0)
+
+    async def swap(self, bucket: str, key: str, value: Any, revision: int) -> int | None:
+        """Store a value only where the key still has `revision` (0: does not exist); None where it does not."""
+        store = await self.bucket(bucket)
+        data = msgspec.json.encode(value)
+        try:
+            if revision == 0:
+                return int(await asyncio.wait_for(store.create(key, data), API_LIMIT_S))
+            return int(await asyncio.wait_for(store.update(key, data, last=revision), API_LIMIT_S))
+        except (nats.js.errors.KeyWrongLastSequenceError, nats.js.errors.BadRequestError):
+            return None
+        except (TimeoutError, nats.errors.Error) as e:
+            raise BusError(f"{bucket}/{key}: {e or type(e).__name__}") from None
+
+    async def remove(self, bucket: str, key: str) -> None:
+        """Delete a key, its history included."""
+        store = await self.bucket(bucket)
+        await self._api(store.purge(key), f"{bucket}/{key}")
+
+    async def keys(self, bucket: str) -> list[str]:
+        """The keys of a bucket."""
+        store = await self.bucket(bucket)
+        try:
+            return list(await asyncio.wait_for(store.keys(), API_LIMIT_S))
+        except nats.js.errors.NoKeysError:
+            return []
+        except (TimeoutError, nats.errors.Error) as e:
+            raise BusError(f"{bucket}: {e or type(e).__name__}") from None
+
+    async def announce(self, subject: str, body: bytes = b"") -> None:
+        """Tell whoever listens now; not stored."""
+        await self.client.publish(subject, body)
+        await self.client.flush(timeout=2)
+
+    async def listen(self, subject: str, callback: Callable[[str, bytes], None]) -> None:
+        """Call back for every announcement on `subject`."""
+
+        async def on_message(message: Msg) -> None:
+            callback(message.subject, message.data)
+
+        await self.client.subscribe(subject, cb=on_message)
+
+
+def redact(url: str) -> str:
+    """The address without user and password."""
+    scheme, separator, rest = url.rpartition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def as_result(message: Message) -> Result:
+    """`message` as the result it must be."""
+    if isinstance(message, Request | Attempt):
+        raise BusError(f"expected a result on the result stream, found {type(message).__name__}")
+    return message
