@@ -1,7 +1,7 @@
 """Configuration: YAML merged by OmegaConf, every key and type checked by msgspec once, at start-up.
 
-The defaults are the structs below; YAML files and `key=value` arguments only override. Environment variables configure
-nothing. Errors name the key and the file it came from.
+The defaults are the structs of `settings.py`; YAML files and `key=value` arguments only override. Environment variables
+configure nothing. Errors name the key and the file it came from.
 """
 
 from __future__ import annotations
@@ -9,235 +9,55 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import msgspec
-from msgspec import Meta
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gym_bus.errors import ConfigError, did_you_mean
+from gym_bus.settings import (
+    AgentConfig,
+    BusConfig,
+    Config,
+    Distribution,
+    EmbeddedConfig,
+    GiB,
+    LocalConfig,
+    MiB,
+    ModelConfig,
+    RayConfig,
+    ResultsConfig,
+    RetryConfig,
+    SimulatedConfig,
+    StreamConfig,
+    VerifierConfig,
+)
 
-PositiveInt = Annotated[int, Meta(ge=1)]
-Count = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(gt=0)]
-Bytes = Annotated[int, Meta(ge=1)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-
-MiB = 2**20
-GiB = 2**30
-
-
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A group of settings."""
-
-
-class StreamConfig(_Section, frozen=True):
-    """Limits of one stream."""
-
-    max_msgs: Annotated[int, Meta(ge=-1)] = 262_144
-    """Messages the stream holds before it refuses publishers; -1 for no limit."""
-    max_bytes: Annotated[int, Meta(ge=-1)] = 2 * GiB
-    max_age_s: Annotated[float, Meta(ge=0)] = 0.0
-    """Seconds after which a message is dropped; 0 keeps it."""
-
-
-class EmbeddedConfig(_Section, frozen=True):
-    """The nats-server that a local run starts for itself."""
-
-    store_dir: str | None = None
-    """Folder of the JetStream store; by default inside the job's output folder."""
-    sync_interval: str = "1s"
-    """How often the store is fsynced; `always` before every ack."""
-    max_file_bytes: Bytes = 64 * GiB
-    start_limit_s: Seconds = 20.0
-
-
-class BusConfig(_Section, frozen=True):
-    """The NATS server and what is kept on it."""
-
-    url: str | None = None
-    """`nats://host:port` of a running server, version 2.11 or newer; null starts an embedded one."""
-    credentials: str | None = None
-    """Path of a NATS credentials file."""
-    embedded: EmbeddedConfig = EmbeddedConfig()
-    replicas: Annotated[int, Meta(ge=1, le=5)] = 1
-    storage: Literal["file", "memory"] = "file"
-    inline_limit_bytes: Bytes = 4 * MiB
-    """Larger bodies go to the object store; the message carries their key."""
-    lanes: tuple[str, ...] = ("interactive", "batch")
-    """Priority classes, first served first."""
-    requests: StreamConfig = StreamConfig()
-    attempts: StreamConfig = StreamConfig(max_bytes=16 * GiB)
-    results: StreamConfig = StreamConfig(max_msgs=-1, max_bytes=32 * GiB, max_age_s=7 * 86400.0)
-    advisories: StreamConfig = StreamConfig(max_msgs=1_000_000, max_bytes=GiB, max_age_s=7 * 86400.0)
-    ack_wait_s: Seconds = 60.0
-    """A worker that has not been heard of for so long loses what it holds."""
-    heartbeat_s: Seconds = 20.0
-    """How often a worker extends what it holds; well below `ack_wait_s`."""
-    max_deliver: PositiveInt = 5
-    """Deliveries of one message before it counts as poison."""
-    connect_limit_s: Seconds = 5.0
-    publish_limit_s: Seconds = 120.0
-    """Seconds that one publish may take, waiting for a full stream included."""
-
-
-class RetryConfig(_Section, frozen=True):
-    """Retries of one model call, per kind of error, with jittered exponential waits."""
-
-    unreachable: Count = 3
-    rate_limited: Count = 20
-    server_error: Count = 3
-    timeout: Count = 1
-    wait_s: Seconds = 0.5
-    """The first wait; it doubles with every further try."""
-    max_wait_s: Seconds = 30.0
-    """Bound of one wait, `Retry-After` included."""
-    budget_s: Seconds = 600.0
-    """Bound of all waits and tries of one call."""
-
-
-class Distribution(_Section, frozen=True):
-    """A random non-negative quantity."""
-
-    kind: Literal["constant", "uniform", "exponential", "lognormal"] = "constant"
-    mean: Annotated[float, Meta(ge=0)] = 0.0
-    """Mean, in the quantity's unit."""
-    spread: Annotated[float, Meta(ge=0)] = 0.0
-    """uniform: half-width; lognormal: sigma of the logarithm; ignored otherwise."""
-
-
-class SimulatedConfig(_Section, frozen=True):
-    """A model that needs no weights: for capacity planning, load tests and chaos."""
-
-    seed: int = 0
-    latency_s: Distribution = Distribution()
-    output_tokens: Distribution = Distribution(mean=256)
-    text: str = "\\boxed{A}"
-    """Ends every answer; the words before it are filler of the drawn length."""
-    rate_limited: Share = 0.0
-    """Share of calls answered with 429."""
-    server_error: Share = 0.0
-    """Share of calls answered with 500."""
-    hang: Share = 0.0
-    """Share of calls never answered."""
-    tokens: bool = False
-    """Return token ids and log-probabilities."""
-
-
-class ModelConfig(_Section, frozen=True):
-    """One named model."""
-
-    kind: Literal["openai", "replay", "simulated"] = "openai"
-    base_url: str = ""
-    """With the `/v1`; openai only."""
-    model: str = ""
-    """The name the endpoint knows; defaults to the key of this entry."""
-    api: Literal["responses", "chat"] = "responses"
-    api_key: str = ""
-    """From `env.yaml`, as `${policy_api_key}`; never leaves the worker."""
-    headers: dict[str, str] = {}
-    rollout_header: str | None = "X-Gym-Rollout"
-    """Request header that carries `job/task/rollout/attempt`, for sticky routing and tracing; null sends none."""
-    sampling: dict[str, Any] = {}
-    """Create params that this model always gets, such as `temperature`; they win over the job's."""
-    extra_body: dict[str, Any] = {}
-    """Further keys of the request body, as vLLM's `chat_template_kwargs`."""
-    return_tokens: bool = False
-    """Ask for token ids and log-probabilities, vLLM style."""
-    connect_limit_s: Seconds = 10.0
-    read_limit_s: Seconds = 600.0
-    """Seconds without a byte."""
-    call_limit_s: Seconds = 1800.0
-    """Seconds of one HTTP call."""
-    retry: RetryConfig = RetryConfig()
-    file: str | None = None
-    """Replay only: the JSONL file of recorded answers."""
-    simulated: SimulatedConfig = SimulatedConfig()
-
-
-class AgentConfig(_Section, frozen=True):
-    """Agent workers."""
-
-    concurrency: Annotated[int, Meta(ge=1, le=16_384)] = 1024
-    """Rollouts in flight per process."""
-    prefetch: Annotated[int, Meta(ge=0, le=4096)] = 256
-    """Requests held ready beside those in flight, at most a quarter of the concurrency."""
-    names: tuple[str, ...] = ()
-    """Agents that this worker serves; empty for all it knows."""
-    limit_s: Seconds = 3600.0
-    """Wall-clock seconds of one rollout's generation."""
-
-
-class RayConfig(_Section, frozen=True):
-    """Ray, for the verifiers that need a pool."""
-
-    address: str | None = None
-    """Of a running cluster; null starts a small local one on demand."""
-    actors: Annotated[int, Meta(ge=0)] = 0
-    """Actors per verifier worker; 0 for one per local core."""
-    cpus_per_actor: Annotated[float, Meta(ge=0)] = 1.0
-    memory_bytes_per_actor: Annotated[int, Meta(ge=0)] = 0
-    object_store_bytes: Annotated[int, Meta(ge=75 * MiB)] = 80 * MiB
-
-
-class VerifierConfig(_Section, frozen=True):
-    """Verifier workers."""
-
-    concurrency: PositiveInt = 256
-    """Attempts in flight per process."""
-    prefetch: Annotated[int, Meta(ge=0, le=4096)] = 128
-    names: tuple[str, ...] = ()
-    """Verifiers that this worker serves; empty for all it knows."""
-    executor: Literal["ray", "local"] = "ray"
-    """Where CPU-heavy and sandboxed verifiers run: Ray actors, or child processes of the worker."""
-    limit_s: Seconds = 30.0
-    """Wall-clock seconds of one verification on the pool, beyond the sandbox's own limits for its programs."""
-    batch: PositiveInt = 16
-    """Verifications per call of a pool worker."""
-    tries: PositiveInt = 3
-    """Tries of a check whose sandbox or pool worker was lost."""
-    ray: RayConfig = RayConfig()
-
-
-class ResultsConfig(_Section, frozen=True):
-    """The results consumer."""
-
-    tokens: bool = False
-    """Write token ids and log-probabilities into the rollouts file."""
-    max_attempts: PositiveInt = 3
-    """Attempts at one rollout over all runs of the same command."""
-    idle_s: Seconds = 5.0
-    """Seconds without progress after which the job is reconciled with the bus."""
-    issue_limit: PositiveInt = 3
-    """Times that a rollout lost by the bus is issued before it counts as lost."""
-    compat: Literal["gym_bus", "nemo_gym"] = "gym_bus"
-    """Whose way to follow where NeMo Gym's is disputed."""
-
-
-class LocalConfig(_Section, frozen=True):
-    """The worker processes of a local run."""
-
-    agents: Count = 1
-    verifiers: Count = 1
-    keep_bus: bool = False
-    """Keep the embedded server's store after the job is complete."""
-
-
-class Config(_Section, frozen=True):
-    """Everything that can be set."""
-
-    bus: BusConfig = BusConfig()
-    models: dict[str, ModelConfig] = {}
-    agent: AgentConfig = AgentConfig()
-    verifier: VerifierConfig = VerifierConfig()
-    results: ResultsConfig = ResultsConfig()
-    local: LocalConfig = LocalConfig()
-    data_dir: str = ".gym_bus/data"
-    """Where prepared data sets lie."""
-    log_level: Literal["debug", "info", "warning", "error"] = "warning"
-
+__all__ = [
+    "AgentConfig",
+    "BusConfig",
+    "Config",
+    "Distribution",
+    "EmbeddedConfig",
+    "GiB",
+    "Layer",
+    "LocalConfig",
+    "MiB",
+    "ModelConfig",
+    "RayConfig",
+    "ResultsConfig",
+    "RetryConfig",
+    "SimulatedConfig",
+    "StreamConfig",
+    "VerifierConfig",
+    "check",
+    "file_layers",
+    "load_config",
+    "override_layers",
+    "read_yaml",
+]
 
 T = TypeVar("T")
 

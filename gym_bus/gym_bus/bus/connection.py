@@ -20,16 +20,18 @@ from nats.js.object_store import ObjectStore
 from gym_bus import subjects
 from gym_bus.bus.publish import Publisher
 from gym_bus.bus.pull import CLAIM_HEADER, ID_HEADER
-from gym_bus.config import BusConfig, MiB, StreamConfig
 from gym_bus.errors import BusError, UsageError
 from gym_bus.logs import get_logger
 from gym_bus.messages import Attempt, Message, Request, Result, encode
+from gym_bus.settings import BusConfig, MiB, StreamConfig
 
 log = get_logger(__name__)
 
 API_LIMIT_S = 10.0
 DEDUPE_WINDOW_S = 120.0
 MAX_MESSAGE_BYTES = 8 * MiB
+WORKER_AGE_S = 30.0
+"""A worker that has not reported for so long is forgotten."""
 
 
 class Bus:
@@ -143,10 +145,7 @@ class Bus:
                 await self.bucket(bucket)
             await self._blobs()
         except (TimeoutError, nats.js.errors.Error, nats.errors.Error) as e:
-            raise BusError(
-                f"JetStream did not set up the streams: {e or type(e).__name__}; "
-                "gym_bus needs nats-server 2.11 or newer with JetStream enabled (`nats-server -js`)"
-            ) from None
+            raise BusError(f"JetStream did not set up the streams: {e or type(e).__name__}; {_remedy(e)}") from None
         return [*(str(s.name) for s in streams), subjects.JOBS, subjects.WORKERS, subjects.LIMITS, subjects.BLOBS]
 
     def _stream(self, name: str, names: list[str], limits: StreamConfig, **more: Any) -> api.StreamConfig:
@@ -177,8 +176,9 @@ class Bus:
             try:
                 self._stores[name] = await self.js.key_value(name)
             except nats.js.errors.NotFoundError:
+                age_s = WORKER_AGE_S if name == subjects.WORKERS else None
                 self._stores[name] = await self.js.create_key_value(
-                    api.KeyValueConfig(bucket=name, history=1, replicas=self.config.replicas)
+                    api.KeyValueConfig(bucket=name, history=1, replicas=self.config.replicas, ttl=age_s)
                 )
         store: KeyValue = self._stores[name]
         return store
@@ -290,6 +290,10 @@ class Bus:
         """Answer a delivery. Where the connection is away the answer is dropped and the lease runs out."""
         with contextlib.suppress(nats.errors.Error):
             await self.client.publish(reply, body)
+
+    async def ack_confirmed(self, reply: str) -> None:
+        """Ack a delivery and wait until the broker says that it has noted it. Raises BusError where it does not."""
+        await self._api(self.client.request(reply, b"+ACK", timeout=API_LIMIT_S), "confirmed ack")
 
     # -- what lies on the streams -------------------------------------------------------------------------------------
 
@@ -403,6 +407,12 @@ class Bus:
             callback(message.subject, message.data)
 
         await self.client.subscribe(subject, cb=on_message)
+
+
+def _remedy(error: Exception) -> str:
+    if getattr(error, "err_code", 0) in (10023, 10047):
+        return "the streams reserve their max_bytes: lower bus.{requests,attempts,results}.max_bytes, or give it more disk"
+    return "gym_bus needs nats-server 2.11 or newer with JetStream enabled (`nats-server -js`)"
 
 
 def redact(url: str) -> str:

@@ -13,8 +13,8 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from gym_bus.config import MiB
 from gym_bus.errors import BusError, PayloadTooLarge
+from gym_bus.settings import MiB
 
 WINDOW_MESSAGES = 256
 WINDOW_BYTES = 2 * MiB

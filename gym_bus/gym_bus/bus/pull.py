@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import nats.errors
 from nats.aio.msg import Msg
 
-from gym_bus.config import MiB
 from gym_bus.errors import BusError
 from gym_bus.logs import get_logger
 from gym_bus.messages import Message, RolloutId, decode
+from gym_bus.settings import MiB
 
 if TYPE_CHECKING:
     from gym_bus.bus.connection import Bus
@@ -43,7 +43,7 @@ class Delivery:
         self._bus = bus
         self.subject, self.data, self.reply = message.subject, message.data, message.reply
         self.headers: dict[str, str] = message.headers or {}
-        self.message_id = self.headers.get(ID_HEADER, "")
+        self.message_id = self.headers.get(ID_HEADER) or f"{self.subject}@{self.sequence}"
 
     def _meta(self, from_end: int) -> int:
         # $JS.ACK.[domain.account.]stream.consumer.deliveries.stream_seq.consumer_seq.time.pending[.token]
@@ -64,6 +64,11 @@ class Delivery:
     def consumer_sequence(self) -> int:
         """The number of this delivery to its consumer."""
         return self._meta(2)
+
+    @property
+    def stored_at(self) -> float:
+        """When the broker stored the message, seconds since the epoch on the broker's clock."""
+        return self._meta(3) / 1e9
 
     @property
     def rollout(self) -> RolloutId | None:

@@ -56,11 +56,11 @@ class AgentWorker:
         """Whether the job was cancelled."""
         return job in self._cancelled
 
-    async def handle(self, message: Message) -> Attempt | Failed:
+    async def handle(self, message: Message, stored_at: float) -> Attempt | Failed:
         """Generate one rollout. Never raises for what a model or a row does: that is a failed result."""
         if not isinstance(message, Request):
             raise TypeError(f"a {type(message).__name__} on the request stream")
-        queued_s = since(message.published_at)
+        queued_s = since(stored_at)
         started = time.monotonic()
         limit_s = min(message.limit_s, self._config.limit_s)
         context: Context | None = None

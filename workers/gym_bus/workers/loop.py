@@ -31,8 +31,11 @@ class Handler(Protocol):
     stage: str
     """Its name in failures and logs."""
 
-    async def handle(self, message: Message) -> Attempt | Result:
-        """The message for the next stage. What it raises becomes a retry or a failed result."""
+    async def handle(self, message: Message, stored_at: float) -> Attempt | Result:
+        """The message for the next stage. What it raises becomes a retry or a failed result.
+
+        `stored_at` is when the broker took the message, seconds since the epoch.
+        """
         ...
 
     def cancelled(self, job: str) -> bool:
@@ -187,7 +190,7 @@ class Loop:
             await self._bury(delivery, message, FailureKind.CANCELLED, "the job was cancelled")
             return
         try:
-            outcome = await self._handler.handle(message)
+            outcome = await self._handler.handle(message, delivery.stored_at)
         except BusError:
             raise
         except GymBusError as e:

@@ -40,7 +40,7 @@ class VerifierWorker:
         """Whether the job was cancelled."""
         return job in self._cancelled
 
-    async def handle(self, message: Message) -> Result:
+    async def handle(self, message: Message, stored_at: float) -> Result:
         """Judge one attempt.
 
         Raises:
@@ -48,7 +48,8 @@ class VerifierWorker:
         """
         if not isinstance(message, Attempt):
             raise TypeError(f"a {type(message).__name__} on the attempt stream")
-        message.timings.attempt_queue_s = since(message.published_at)
+        message.timings.publish_s = max(0.0, stored_at - message.published_at)
+        message.timings.attempt_queue_s = since(stored_at)
         started = time.monotonic()
         try:
             verdict = await self._service.verify(

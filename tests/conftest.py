@@ -1,0 +1,107 @@
+"""One real nats-server per test session, a fresh account of names per test."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from gym_bus.bus import Bus
+from gym_bus.server import find_binary, free_port
+from gym_bus.settings import BusConfig
+
+
+class NatsServer:
+    """The real binary on a free port; can be killed and started again on the same store."""
+
+    def __init__(self, store: Path) -> None:
+        self.store, self.port = store, free_port()
+        self.url = f"nats://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        config = self.store / "server.conf"
+        config.write_text(
+            f'listen: "127.0.0.1:{self.port}"\nmax_payload: 8MB\n'
+            f'jetstream {{ store_dir: "{self.store}/js", max_file: 64G, sync_interval: "1s" }}\n'
+        )
+        self.process = subprocess.Popen(
+            [find_binary(), "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_for_port(self.port)
+
+    def kill(self) -> None:
+        assert self.process
+        self.process.kill()
+        self.process.wait(10)
+
+    def stop(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(10)
+
+
+def wait_for_port(port: int, limit_s: float = 10.0) -> None:
+    import socket
+
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            with socket.create_connection(("127.0.0.1", port), 1.0) as s:
+                if s.recv(4) == b"INFO":
+                    return
+        except OSError:
+            pass
+        assert time.monotonic() < deadline, f"nothing answers on port {port}"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """The session's server. Tests that kill a server start their own (`own_server`)."""
+    try:
+        find_binary()
+    except Exception as e:
+        pytest.skip(f"no nats-server: {e}")
+    server = NatsServer(tmp_path_factory.mktemp("nats"))
+    server.start()
+    yield server
+    server.stop()
+    shutil.rmtree(server.store, ignore_errors=True)
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[NatsServer]:
+    """A server of the test's own, to be killed."""
+    server = NatsServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
+    """A connection with empty streams."""
+    async with await Bus.connect(BusConfig(url=nats_server.url)) as bus:
+        for stream in await bus.js.streams_info():  # deleted, not purged: a purge leaves the dedupe window behind
+            await bus.js.delete_stream(str(stream.config.name))
+        await bus.init()
+        yield bus
+
+
+async def until(condition: object, limit_s: float = 10.0) -> None:
+    """Wait until `condition()` (plain or async) is true; fail with its name when it never is."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        value = condition()  # type: ignore[operator]
+        if asyncio.iscoroutine(value):
+            value = await value
+        if value:
+            return
+        assert time.monotonic() < deadline, f"never true: {condition}"
+        await asyncio.sleep(0.01)
