@@ -1,0 +1,1 @@
+"""Result files: writing, reading, profiling. Plain synchronous code over local files."""

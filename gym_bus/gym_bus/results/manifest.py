@@ -1,0 +1,105 @@
+"""What a job is: the identity that every run, resumed run and reader of its output must share."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from gym_bus.errors import DataError
+from gym_bus.results.disk import replace_file
+from gym_bus.subjects import token
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """The contents of `job.json`. It names the model by its key and holds neither address nor secret."""
+
+    job: str
+    """The job's id, as on the bus."""
+    created_at: float
+    """Seconds since the epoch."""
+    benchmark: str
+    dataset_digest: str
+    """SHA-256 over the dataset's rows, hex."""
+    rows: int
+    """Tasks: rows of the dataset that take part."""
+    num_repeats: int
+    """Rollouts per task."""
+    agent: str
+    agent_options: dict[str, Any] = {}
+    model: str
+    """The model's key in the configuration."""
+    model_kind: str
+    """openai, replay or simulated."""
+    model_name: str
+    """The name the endpoint knows."""
+    verifier: str
+    verifier_options: dict[str, Any] = {}
+    verifier_digest: str = ""
+    """Content hash of the verifier's code and options: equal digests judge alike."""
+    config_digest: str
+    """SHA-256 over the settings that change results (sampling parameters, limits), hex."""
+    gym_bus_version: str
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read a manifest. Raises DataError naming the file and what is wrong in it."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except OSError as e:
+            raise DataError(f"{path}: cannot be read: {e.strerror or e}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            raise DataError(f"{path}: not a job manifest: {e}") from None
+
+    def save(self, path: Path) -> None:
+        """Write the manifest so that any reader, after any crash, finds the whole old one or the whole new one.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        replace_file(path, [msgspec.json.format(msgspec.json.encode(self), indent=2), b"\n"])
+
+
+_WORDS = {
+    "benchmark": "benchmark",
+    "dataset_digest": "dataset digest",
+    "rows": "number of rows",
+    "num_repeats": "rollouts per task",
+    "agent": "agent",
+    "agent_options": "agent options",
+    "model": "model",
+    "model_kind": "kind of model",
+    "model_name": "the endpoint's model",
+    "verifier": "verifier",
+    "verifier_options": "verifier options",
+    "verifier_digest": "verifier digest",
+    "config_digest": "digest of sampling parameters and limits",
+}
+"""What must not differ between two runs of one job; its id, its date and the version of gym_bus may."""
+
+
+def differences(old: Manifest, new: Manifest) -> list[str]:
+    """One sentence part per thing that makes `new` another job than the recorded `old`; empty where it is the same."""
+    return [
+        f"{words}: {_show(before)} in job.json, {_show(now)} now"
+        for key, words in _WORDS.items()
+        if (before := getattr(old, key)) != (now := getattr(new, key))
+    ]
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,}", value):
+        return f"{value[:8]}.."
+    if isinstance(value, dict):
+        return msgspec.json.encode(value, order="sorted").decode()
+    return str(value) if value != "" else "none"
+
+
+def new_job_id(benchmark: str) -> str:
+    """A fresh id that tells benchmark and date, and can be one token of a subject: `aime24-20260131-9f3a6c`."""
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", benchmark).strip("-_")[:64] or "job"
+    return token(f"{slug}-{time.strftime('%Y%m%d')}-{secrets.token_hex(3)}", "job id")

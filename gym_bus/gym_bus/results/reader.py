@@ -1,0 +1,186 @@
+"""Reading JSONL: bytes with line numbers, so that every complaint has an address."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeVar
+
+import msgspec
+
+from gym_bus.errors import DataError
+from gym_bus.results.lines import COMPOSED, Fields
+
+BOM = b"\xef\xbb\xbf"
+
+T = TypeVar("T")
+
+
+class Line(NamedTuple):
+    """One line of a file that is not blank."""
+
+    number: int
+    """1 for the first line of the file."""
+    offset: int
+    """Of the line's first byte in the file."""
+    data: bytes
+    """Without white space, line end or byte-order mark around it."""
+    ended: bool
+    """Whether a newline followed; a torn last line has none."""
+
+
+def iter_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Line number and bytes of every line that is not blank. Raises DataError for a file that cannot be read."""
+    return ((line.number, line.data) for line in iter_lines(path))
+
+
+def iter_lines(path: Path) -> Iterator[Line]:
+    """As `iter_jsonl`, with the position of every line."""
+    try:
+        with path.open("rb", buffering=1 << 20) as file:
+            yield from _lines_of(file)
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e.strerror or e}") from None
+
+
+def _lines_of(file: BinaryIO) -> Iterator[Line]:
+    offset = 0
+    for number, line in enumerate(file, start=1):
+        data = (line.removeprefix(BOM) if number == 1 else line).strip()
+        if data:
+            yield Line(number, offset, data, line.endswith(b"\n"))
+        offset += len(line)
+
+
+def decode_lines(
+    path: Path, decoder: msgspec.json.Decoder[T], *, unended_ok: bool
+) -> Generator[tuple[Line, T], None, Line | None]:
+    """Every whole line with its content; returns the last line where it is torn, which is how a crash leaves a file.
+
+    Torn is a last line that is no JSON, or, unless `unended_ok`, one without its newline.
+
+    Raises:
+        DataError: names file and line: a line before the last is no JSON, or any is of the wrong kind.
+    """
+    torn: Line | None = None
+    for line in iter_lines(path):
+        if torn:
+            raise DataError(f"{path}:{torn.number}: not valid JSON, with further lines behind it; mend the file")
+        if not (line.ended or unended_ok):
+            torn = line
+            continue
+        try:
+            content = decoder.decode(line.data)
+        except msgspec.ValidationError as e:
+            raise DataError(f"{path}:{line.number}: not the expected kind of line: {e}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            torn = line
+        else:
+            yield line, content
+    return torn
+
+
+def decode_line(decoder: msgspec.json.Decoder[T], data: bytes, path: Path, number: int) -> T:
+    """One line decoded. Raises DataError naming file and line."""
+    try:
+        return decoder.decode(data)
+    except msgspec.ValidationError as e:
+        raise DataError(f"{path}:{number}: not the expected kind of line: {e}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}:{number}: not valid JSON: {e}") from None
+
+
+_fields: msgspec.json.Decoder[Fields] = msgspec.json.Decoder(Fields)
+
+
+class _Key(msgspec.Struct, frozen=True):
+    task: int | None = msgspec.field(default=None, name="_ng_task_index")
+    rollout: int | None = msgspec.field(default=None, name="_ng_rollout_index")
+
+    def or_by_order(self, order: int) -> tuple[int, int]:
+        """A row without a task index is a task of its own, numbered by its place in the file."""
+        return (order if self.task is None else self.task, self.rollout or 0)
+
+
+_key: msgspec.json.Decoder[_Key] = msgspec.json.Decoder(_Key)
+
+
+class Joined(msgspec.Struct, frozen=True, kw_only=True):
+    """A recorded rollout, ready to be verified again."""
+
+    order: int
+    """0 for the first rollout of the file, 1 for the next, ..."""
+    number: int
+    """Its line in the rollouts file."""
+    task_index: int
+    rollout_index: int
+    row: bytes
+    """One JSON object: the row that the verifier saw, without the result's keys."""
+    response: bytes
+    """The Responses object, JSON."""
+
+
+def join_rollouts(inputs: Path | None, rollouts: Path) -> Iterator[Joined]:
+    """Every recorded rollout with its whole row, in the order of the rollouts file.
+
+    NeMo Gym's verifiers drop row fields that their reply does not name, so those come from the materialized inputs,
+    joined on (task, rollout); where both have a field the inputs win, as they are what the verifier was given.
+
+    Memory: a table of the inputs' offsets (about 150 bytes a row) and one row at a time.
+
+    Raises:
+        DataError: names file and line: a line is no JSON object, has no response, or has no input; two inputs share
+            their indices.
+    """
+    if inputs is None:
+        yield from _join({}, None, rollouts)
+        return
+    places = _places(inputs)
+    try:
+        with inputs.open("rb") as file:
+            yield from _join(places, file, rollouts)
+    except OSError as e:
+        raise DataError(f"{inputs}: cannot be read: {e.strerror or e}") from None
+
+
+def _places(inputs: Path) -> dict[tuple[int, int], int]:
+    """The offset of every materialized row, by (task, rollout)."""
+    places: dict[tuple[int, int], int] = {}
+    for order, line in enumerate(iter_lines(inputs)):
+        key = decode_line(_key, line.data, inputs, line.number).or_by_order(order)
+        if key in places:
+            raise DataError(f"{inputs}:{line.number}: a second row for task {key[0]}, rollout {key[1]}")
+        places[key] = line.offset
+    return places
+
+
+def _join(places: dict[tuple[int, int], int], inputs: BinaryIO | None, rollouts: Path) -> Iterator[Joined]:
+    for order, (number, data) in enumerate(iter_jsonl(rollouts)):
+        fields = decode_line(_fields, data, rollouts, number)
+        task, rollout = decode_line(_key, data, rollouts, number).or_by_order(order)
+        response = fields.get("response")
+        if response is None or bytes(response) == b"null":
+            raise DataError(f"{rollouts}:{number}: no response, so there is nothing to verify")
+        if inputs is not None:
+            offset = places.get((task, rollout))
+            if offset is None:
+                raise DataError(f"{rollouts}:{number}: task {task}, rollout {rollout} has no row in {inputs.name}")
+            fields |= read_row(inputs, offset)
+        yield Joined(
+            order=order,
+            number=number,
+            task_index=task,
+            rollout_index=rollout,
+            row=_row_bytes(fields),
+            response=bytes(response),
+        )
+
+
+def read_row(file: BinaryIO, offset: int) -> Fields:
+    """The top-level fields of the line that begins at `offset` and was found valid before."""
+    file.seek(offset)
+    return _fields.decode(file.readline().removeprefix(BOM))
+
+
+def _row_bytes(fields: Fields) -> bytes:
+    return msgspec.json.encode({key: value for key, value in fields.items() if key not in COMPOSED})
