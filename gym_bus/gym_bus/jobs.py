@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import msgspec
@@ -10,6 +11,7 @@ import msgspec
 from gym_bus import subjects
 from gym_bus.bus import Bus
 from gym_bus.errors import UsageError, did_you_mean
+from gym_bus.messages import RolloutId
 
 
 class JobRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -21,11 +23,8 @@ class JobRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     agent: str = ""
     model: str = ""
     verifier: str = ""
-    tasks: int
-    repeats: int
-    """Rollouts per task."""
-    total: int
-    """Rollouts of the job."""
+    spans: list[tuple[int, int, int]]
+    """(first task index, number of tasks, rollouts of each): every rollout of the job, in order."""
     lane: str = "batch"
     created_at: float = msgspec.field(default_factory=time.time)
     """Seconds since the epoch."""
@@ -33,6 +32,27 @@ class JobRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """As in `job.json`."""
     shared: bool = False
     """True where a `gym-bus worker results` process writes the files, not the command that published."""
+
+    @property
+    def total(self) -> int:
+        """Rollouts of the job."""
+        return sum(tasks * rollouts for _, tasks, rollouts in self.spans)
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of the job."""
+        return sum(tasks for _, tasks, _ in self.spans)
+
+    def rollouts(self) -> Iterator[RolloutId]:
+        """Every rollout, in order."""
+        for first, tasks, rollouts in self.spans:
+            for task in range(first, first + tasks):
+                for rollout in range(rollouts):
+                    yield RolloutId(self.job, task, rollout)
+
+    def group_size(self, task_index: int) -> int:
+        """Rollouts of a task; 0 for a task that the job does not have."""
+        return next((n for first, tasks, n in self.spans if first <= task_index < first + tasks), 0)
 
     @property
     def over(self) -> bool:
@@ -64,6 +84,18 @@ class Issued(msgspec.Struct):
     """How many of a job's requests, in the order of its inputs, the broker has taken; under `<job>.issued`."""
 
     count: int
+
+
+def spans_of(counts: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """The spans of (task index, rollouts) pairs in rising order of task."""
+    spans: list[tuple[int, int, int]] = []
+    for task, rollouts in counts:
+        if spans and spans[-1][0] + spans[-1][1] == task and spans[-1][2] == rollouts:
+            first, tasks, _ = spans[-1]
+            spans[-1] = (first, tasks + 1, rollouts)
+        else:
+            spans.append((task, 1, rollouts))
+    return spans
 
 
 async def find_job(bus: Bus, job: str) -> JobRecord:

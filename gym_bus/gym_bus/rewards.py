@@ -75,7 +75,7 @@ class RewardStream:
     Args:
         nats: address of the NATS server, or a connected `Bus`.
         job: the job's id.
-        group_size: outcomes that complete a group; None for the job's own number of repeats.
+        group_size: outcomes that complete a group; None for as many as the job has rollouts of the task.
         durable: the trainer's name; the same name resumes where that trainer stopped.
         rank, world_size: this rank gets the tasks with `task_index % world_size == rank`, so ranks never overlap.
         max_held: outcomes held at most (handed out and not acked, and waiting for their group).
@@ -134,7 +134,6 @@ class RewardStream:
         record = await self._bus.get(subjects.JOBS, self._job, JobRecord)
         if record is None:
             raise UsageError(f"no job {self._job!r} on this server; `gym-bus eval status` lists the jobs")
-        self._group_size = self._group_size or record.repeats
         self._bucket = await self._bus.bucket(TRAINERS)
         for key in await self._bus.keys(TRAINERS):
             if key.startswith(f"{self._consumer}."):

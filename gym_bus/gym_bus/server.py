@@ -13,9 +13,9 @@ import sysconfig
 import time
 from pathlib import Path
 
-from gym_bus.config import EmbeddedConfig
 from gym_bus.errors import BusError, UsageError
 from gym_bus.logs import get_logger
+from gym_bus.settings import EmbeddedConfig
 
 log = get_logger(__name__)
 
@@ -60,12 +60,12 @@ def die_with_parent() -> None:
 class EmbeddedServer:
     """One nats-server process; started again on the same port and store when it dies."""
 
-    def __init__(self, store: Path, config: EmbeddedConfig) -> None:
+    def __init__(self, store: Path, config: EmbeddedConfig, *, port: int = 0) -> None:
         self._store, self._config = store, config
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._binary = find_binary()
-        self.port = 0
+        self.port = port
         self.starts = 0
 
     @property
@@ -85,7 +85,7 @@ class EmbeddedServer:
             BusError: it did not come up; the message carries the end of its log.
         """
         self._store.mkdir(parents=True, exist_ok=True)
-        self.port = free_port()
+        self.port = self.port or free_port()
         (self._store / "server.conf").write_text(
             _CONFIG.format(
                 port=self.port, store=self._store, max_file=self._config.max_file_bytes, sync=self._config.sync_interval

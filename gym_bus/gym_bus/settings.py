@@ -204,6 +204,23 @@ class ResultsConfig(_Section, frozen=True):
     """Whose way to follow where NeMo Gym's is disputed."""
 
 
+class JobConfig(_Section, frozen=True):
+    """What one job asks of its rollouts; part of the job's identity."""
+
+    sampling: dict[str, Any] = {}
+    """Responses create params that win over the rows' own, such as `temperature`."""
+    agent_options: dict[str, Any] = {}
+    """Win over the benchmark's agent options."""
+    verifier_options: dict[str, Any] = {}
+    """Win over the benchmark's verifier options."""
+    seed_per_repeat: bool = False
+    """Send the rollout's index as `seed`, in the request's extra body."""
+    limit_s: Seconds = 3600.0
+    """Wall-clock seconds of one rollout's generation."""
+    lane: str = "batch"
+    """Priority class; one of `bus.lanes`."""
+
+
 class LocalConfig(_Section, frozen=True):
     """The worker processes of a local run."""
 
@@ -221,6 +238,7 @@ class Config(_Section, frozen=True):
     agent: AgentConfig = AgentConfig()
     verifier: VerifierConfig = VerifierConfig()
     results: ResultsConfig = ResultsConfig()
+    job: JobConfig = JobConfig()
     local: LocalConfig = LocalConfig()
     data_dir: str = ".gym_bus/data"
     """Where prepared data sets lie."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ from nats.js.object_store import ObjectStore
 
 from gym_bus import subjects
 from gym_bus.bus.publish import Publisher
-from gym_bus.bus.pull import CLAIM_HEADER, ID_HEADER
+from gym_bus.bus.pull import CLAIM_HEADER, ID_HEADER, Follower
 from gym_bus.errors import BusError, UsageError
 from gym_bus.logs import get_logger
 from gym_bus.messages import Attempt, Message, Request, Result, encode
@@ -28,6 +29,7 @@ from gym_bus.settings import BusConfig, MiB, StreamConfig
 log = get_logger(__name__)
 
 API_LIMIT_S = 10.0
+FILE_LIMIT_S = 600.0
 DEDUPE_WINDOW_S = 120.0
 MAX_MESSAGE_BYTES = 8 * MiB
 WORKER_AGE_S = 30.0
@@ -207,7 +209,9 @@ class Bus:
         )
         await self._api(self.js.add_consumer(stream, config), f"consumer {name}")
 
-    async def ephemeral_reader(self, stream: str, subject: str, start_sequence: int) -> str:
+    async def ephemeral_reader(
+        self, stream: str, subject: str, start_sequence: int, *, headers_only: bool = False
+    ) -> str:
         """A consumer without acks that vanishes when nobody reads; returns its name."""
         config = api.ConsumerConfig(
             filter_subject=subject,
@@ -216,6 +220,7 @@ class Bus:
             ack_policy=api.AckPolicy.NONE,
             mem_storage=True,
             inactive_threshold=60.0,
+            headers_only=headers_only,
             num_replicas=1,
         )
         info = await self._api(self.js.add_consumer(stream, config), f"a reader of {subject}")
@@ -231,10 +236,34 @@ class Bus:
         """What the server says of a consumer."""
         return await self._api(self.js.consumer_info(stream, name), f"consumer {name}")
 
-    async def idle(self, stream: str) -> bool:
-        """Whether no consumer of the stream has anything to deliver or waits for an ack."""
+    async def forget_consumers(self) -> None:
+        """Delete the consumers of the work queues: every unacked message is delivered anew, at once."""
+        for stream in (subjects.REQUESTS, subjects.ATTEMPTS):
+            try:
+                consumers = await asyncio.wait_for(self.js.consumers_info(stream), API_LIMIT_S)
+            except nats.js.errors.NotFoundError:
+                continue
+            except (TimeoutError, nats.errors.Error) as e:
+                raise BusError(f"consumers of {stream}: {e or type(e).__name__}") from None
+            for consumer in consumers:
+                await self._api(self.js.delete_consumer(stream, str(consumer.name)), f"consumer {consumer.name}")
+
+    async def stuck(self, stream: str, subject: str) -> list[str]:
+        """Subjects with messages that their consumer will never deliver: it has nothing pending and waits for no ack.
+
+        A message whose deliveries are used up stays in its work queue like that. Subjects that no consumer serves yet
+        are not stuck: they wait for a worker.
+        """
+        info = await self._api(self.js.stream_info(stream, subjects_filter=subject), f"stream {stream}")
+        if not info.state.subjects:
+            return []
         consumers = await self._api(self.js.consumers_info(stream), f"consumers of {stream}")
-        return all(not c.num_pending and not c.num_ack_pending for c in consumers)
+        idle = {
+            str(c.config.filter_subject).rpartition(".")[0]
+            for c in consumers
+            if not c.num_pending and not c.num_ack_pending
+        }
+        return [name for name in info.state.subjects if name.rpartition(".")[0] in idle]
 
     # -- publishing ---------------------------------------------------------------------------------------------------
 
@@ -274,6 +303,24 @@ class Bus:
         found = await self._api((await self._blobs()).get(key), f"object {key}")
         return bytes(found.data or b"")
 
+    async def store_file(self, key: str, path: Path) -> None:
+        """Put a file into the object store."""
+        store = await self._blobs()
+        with path.open("rb") as file:
+            try:
+                await asyncio.wait_for(store.put(key, file), FILE_LIMIT_S)
+            except (TimeoutError, nats.errors.Error) as e:
+                raise BusError(f"object {key}: {e or type(e).__name__}") from None
+
+    async def load_file(self, key: str, path: Path) -> None:
+        """Get a file from the object store. Raises BusError where it is not there."""
+        store = await self._blobs()
+        with path.open("wb") as file:
+            try:
+                await asyncio.wait_for(store.get(key, file), FILE_LIMIT_S)
+            except (TimeoutError, nats.errors.Error) as e:
+                raise BusError(f"object {key}: {e or type(e).__name__}") from None
+
     async def delete_blobs(self, job: str) -> int:
         """Delete the objects of a job; returns how many there were."""
         store = await self._blobs()
@@ -281,7 +328,7 @@ class Bus:
             entries = await asyncio.wait_for(store.list(), API_LIMIT_S)
         except (TimeoutError, nats.errors.Error):  # an empty store is an error to the client
             return 0
-        names = [str(e.name) for e in entries if str(e.name).startswith(f"{job}/")]
+        names = [str(e.name) for e in entries if str(e.name).startswith(f"{job}/") and not e.deleted]
         for name in names:
             await self._api(store.delete(name), f"object {name}")
         return len(names)
@@ -301,6 +348,11 @@ class Bus:
         """Messages of `subject` (wildcards allowed) that a work queue holds, those in flight included."""
         info = await self._api(self.js.stream_info(stream, subjects_filter=subject), f"stream {stream}")
         return sum((info.state.subjects or {}).values())
+
+    async def size(self, stream: str) -> tuple[int, int]:
+        """(messages, bytes) of a stream."""
+        info = await self._api(self.js.stream_info(stream), f"stream {stream}")
+        return int(info.state.messages), int(info.state.bytes)
 
     async def count(self, stream: str, subject: str) -> int:
         """Messages of `subject` in the stream, however many subjects there are."""
@@ -324,6 +376,19 @@ class Bus:
                 raise BusError(f"stream {stream}: {e or type(e).__name__}") from None
             yield int(found.seq or 0), str(found.subject), (found.headers or {}).get(ID_HEADER, "")
             sequence = int(found.seq or 0) + 1
+
+    async def recorded(self, stream: str, subject: str) -> set[tuple[int, int]]:
+        """(task index, rollout index) of every stored result of `subject`; bodies are not transferred."""
+        follower = Follower(self, stream, subject, 1, headers_only=True)
+        found: set[tuple[int, int]] = set()
+        try:
+            while await follower.pending():
+                for delivery in await follower.batch(1.0):
+                    task, rollout = delivery.subject.split(".")[3:5]
+                    found.add((int(task), int(rollout)))
+        finally:
+            await follower.close()
+        return found
 
     async def message_at(self, stream: str, sequence: int) -> tuple[str, bytes] | None:
         """(message id, body) at a sequence; None where there is nothing (any more)."""
@@ -411,7 +476,9 @@ class Bus:
 
 def _remedy(error: Exception) -> str:
     if getattr(error, "err_code", 0) in (10023, 10047):
-        return "the streams reserve their max_bytes: lower bus.{requests,attempts,results}.max_bytes, or give it more disk"
+        return (
+            "the streams reserve their max_bytes: lower bus.{requests,attempts,results}.max_bytes, or give it more disk"
+        )
     return "gym_bus needs nats-server 2.11 or newer with JetStream enabled (`nats-server -js`)"
 
 

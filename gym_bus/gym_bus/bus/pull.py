@@ -241,8 +241,17 @@ class Pull:
 class Follower:
     """Every message of a filter, in order, without acks: for a reader whose file is its checkpoint."""
 
-    def __init__(self, bus: Bus, stream: str, subject: str, start_sequence: int, *, buffer: int = 1024) -> None:
-        self._bus, self._stream, self._subject = bus, stream, subject
+    def __init__(
+        self,
+        bus: Bus,
+        stream: str,
+        subject: str,
+        start_sequence: int,
+        *,
+        buffer: int = 1024,
+        headers_only: bool = False,
+    ) -> None:
+        self._bus, self._stream, self._subject, self._headers_only = bus, stream, subject, headers_only
         self._after = max(0, start_sequence - 1)
         self._buffer = buffer
         self._queue: deque[Delivery] = deque()
@@ -296,7 +305,9 @@ class Follower:
         if self._pull:
             await self._pull.stop()
         self._queue.clear()
-        self._consumer = await self._bus.ephemeral_reader(self._stream, self._subject, self._after + 1)
+        self._consumer = await self._bus.ephemeral_reader(
+            self._stream, self._subject, self._after + 1, headers_only=self._headers_only
+        )
         self._expected, self._broken = 1, False
         self._pull = Pull(
             self._bus,

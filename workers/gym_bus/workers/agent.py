@@ -17,7 +17,7 @@ from gym_bus.errors import DeadlineExceeded, FailureKind, GymBusError, TaskError
 from gym_bus.messages import Attempt, Failed, Failure, Message, Policy, Request
 from gym_bus.models.registry import Models
 from gym_bus.timing import since
-from gym_bus.workers.loop import Source
+from gym_bus.workers.loop import Cancellations, Source
 
 _row_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _params_decoder = msgspec.json.Decoder(dict[str, Any])
@@ -33,7 +33,7 @@ class AgentWorker:
     def __init__(self, config: AgentConfig, models: Models, worker: str) -> None:
         self._config, self._models, self._worker = config, models, worker
         self._agents: dict[tuple[str, bytes], Agent] = {}
-        self._cancelled: set[str] = set()
+        self.cancellations = Cancellations()
 
     def sources(self, lanes: tuple[str, ...]) -> list[Source]:
         """One consumer per lane and agent; every lane but the last is urgent."""
@@ -47,14 +47,6 @@ class AgentWorker:
             for name in (self._config.names or tuple(AGENTS))
             for lane in lanes
         ]
-
-    def cancel(self, job: str) -> None:
-        """Drop the job's requests from now on."""
-        self._cancelled.add(job)
-
-    def cancelled(self, job: str) -> bool:
-        """Whether the job was cancelled."""
-        return job in self._cancelled
 
     async def handle(self, message: Message, stored_at: float) -> Attempt | Failed:
         """Generate one rollout. Never raises for what a model or a row does: that is a failed result."""

@@ -25,6 +25,21 @@ from gym_bus.messages import Attempt, Failed, Failure, Message, Request, Result
 log = get_logger(__name__)
 
 
+class Cancellations:
+    """The jobs that were cancelled, and when: what was ordered later, by a resumed run, is not covered."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, float] = {}
+
+    def add(self, job: str, at: float) -> None:
+        """The job was cancelled at `at`, seconds since the epoch."""
+        self._at[job] = at
+
+    def cover(self, message: Message) -> bool:
+        """Whether the message belongs to a cancelled run of its job."""
+        return message.published_at <= self._at.get(message.rollout.job, 0.0)
+
+
 class Handler(Protocol):
     """What a role does with one message."""
 
@@ -38,9 +53,8 @@ class Handler(Protocol):
         """
         ...
 
-    def cancelled(self, job: str) -> bool:
-        """Whether the job's messages are to be dropped."""
-        ...
+    cancellations: Cancellations
+    """Which jobs' messages are to be dropped."""
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -186,7 +200,7 @@ class Loop:
             why = f"delivered {delivery.deliveries} times without an outcome: it kills or hangs its workers"
             await self._bury(delivery, message, FailureKind.POISON, why)
             return
-        if self._handler.cancelled(message.rollout.job):
+        if self._handler.cancellations.cover(message):
             await self._bury(delivery, message, FailureKind.CANCELLED, "the job was cancelled")
             return
         try:

@@ -13,7 +13,7 @@ from gym_bus.messages import Attempt, Failed, Failure, Message, Result, Scored
 from gym_bus.timing import since
 from gym_bus.verifiers.registry import VERIFIERS
 from gym_bus.verifiers.service import VerifierService
-from gym_bus.workers.loop import Source
+from gym_bus.workers.loop import Cancellations, Source
 
 
 class VerifierWorker:
@@ -23,7 +23,7 @@ class VerifierWorker:
 
     def __init__(self, config: VerifierConfig, service: VerifierService, worker: str) -> None:
         self._config, self._service, self._worker = config, service, worker
-        self._cancelled: set[str] = set()
+        self.cancellations = Cancellations()
 
     def sources(self) -> list[Source]:
         """One consumer per verifier."""
@@ -31,14 +31,6 @@ class VerifierWorker:
             Source(stream=subjects.ATTEMPTS, consumer=f"verifier-{name}", subject=subjects.attempt(name, "*"))
             for name in (self._config.names or tuple(VERIFIERS))
         ]
-
-    def cancel(self, job: str) -> None:
-        """Drop the job's attempts from now on."""
-        self._cancelled.add(job)
-
-    def cancelled(self, job: str) -> bool:
-        """Whether the job was cancelled."""
-        return job in self._cancelled
 
     async def handle(self, message: Message, stored_at: float) -> Result:
         """Judge one attempt.

@@ -1,0 +1,249 @@
+"""What a person sees of a job: a live line while it runs, a table when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from gym_bus.cli import common
+from gym_bus.results.profile import Profile
+from gym_bus.workers.plan import Job
+from gym_bus.workers.run import RunResult, Status
+
+if TYPE_CHECKING:
+    from gym_bus.workers.reverify import Reverified
+    from gym_bus.workers.run import Progress as RunProgress
+
+PLAIN_EVERY_S = 10.0
+"""Without a terminal, a line so often."""
+
+
+class Live:
+    """The live display of one run: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._run: RunProgress | None = None
+        self._said_at = time.monotonic()
+
+    def begin(self, run: RunProgress) -> None:
+        """The run has started; the loop's timer keeps the display fresh."""
+        self._run = run
+        if self._quiet:
+            return
+        if common.err.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[state]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=common.err,
+                transient=True,
+            )
+            self._task = self._bar.add_task(run.job_name, total=run.total, state="")
+            self._bar.start()
+        self.refresh()
+        _every(0.25, self.refresh)
+
+    def refresh(self) -> None:
+        """Show the present state."""
+        run = self._run
+        if run is None:
+            return
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=run.recorded, state=self._state(run))
+        elif time.monotonic() - self._said_at > PLAIN_EVERY_S:
+            self._said_at = time.monotonic()
+            click.echo(f"{run.job_name}: {run.recorded} of {run.total}, {self._state(run)}", err=True)
+
+    @staticmethod
+    def _state(run: RunProgress) -> str:
+        tally = run.ledger.tally
+        failed = " ".join(f"{kind} {count}" for kind, count in sorted(tally.failed.items()))
+        mean = f"mean reward {tally.reward_sum / tally.scored:.4f}" if tally.scored else "no reward yet"
+        parts = [f"{run.in_flight} in flight", f"{run.rate:,.0f}/s", mean, f"failed: {failed}" if failed else ""]
+        return " · ".join(part for part in parts if part)
+
+    def end(self) -> None:
+        """Take the display away."""
+        self._run = None
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _every(period_s: float, action: Any) -> None:
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+
+    def tick() -> None:
+        action()
+        loop.call_later(period_s, tick)
+
+    loop.call_later(period_s, tick)
+
+
+@contextmanager
+def live(*, quiet: bool) -> Iterator[Live]:
+    """A display that is taken away however the run ends."""
+    shown = Live(quiet=quiet)
+    try:
+        yield shown
+    finally:
+        shown.end()
+
+
+class Summary(msgspec.Struct, kw_only=True):
+    """The end of a run, for people and for `--json`. Shares and estimates are fractions of 1, not per cent."""
+
+    job: str
+    benchmark: str
+    model: str
+    agent: str
+    verifier: str
+    tasks: int
+    num_repeats: int
+    expected: int
+    """Rollouts of the job."""
+    scored: int
+    failed: int
+    failed_by_class: dict[str, int]
+    pass_at: dict[str, Any]
+    """`pass@k` to {mean, low, high, method, tasks}: 95 % intervals."""
+    mean_reward: float | None
+    input_tokens: int
+    output_tokens: int
+    wall_s: float
+    rollouts_per_s: float
+    resumed: bool
+    files: dict[str, str]
+
+
+def summarize(job: Job, result: RunResult, profile: Profile) -> Summary:
+    """Everything that the closing table shows."""
+    tally = result.ledger.tally
+    estimates = profile.agents[0].estimates if profile.agents else {}
+    return Summary(
+        job=job.record.job,
+        benchmark=job.manifest.benchmark,
+        model=job.manifest.model,
+        agent=job.manifest.agent,
+        verifier=job.manifest.verifier,
+        tasks=job.record.tasks,
+        num_repeats=job.manifest.num_repeats,
+        expected=profile.counts.expected,
+        scored=profile.counts.scored,
+        failed=profile.counts.failed,
+        failed_by_class=profile.counts.failed_by_class,
+        pass_at={name: msgspec.to_builtins(estimate) for name, estimate in estimates.items()},
+        mean_reward=tally.reward_sum / tally.scored if tally.scored else None,
+        input_tokens=tally.input_tokens,
+        output_tokens=tally.output_tokens,
+        wall_s=result.wall_s,
+        rollouts_per_s=result.finished / result.wall_s if result.wall_s else 0.0,
+        resumed=job.resumed,
+        files={
+            "rollouts": str(job.files.rollouts),
+            "failures": str(job.files.failures),
+            "materialized_inputs": str(job.files.inputs),
+            "reward_profiling": str(job.files.profile),
+            "aggregate_metrics": str(job.files.aggregate),
+            "manifest": str(job.files.manifest),
+        },
+    )
+
+
+def print_summary(s: Summary) -> None:
+    """The closing table."""
+    shown = common.table(f"{s.benchmark} · {s.model} · {s.job}", "", "")
+    for name, estimate in s.pass_at.items():
+        shown.add_row(name, _estimate(estimate))
+    shown.add_row("mean reward", "none scored" if s.mean_reward is None else f"{s.mean_reward:.4f}")
+    shown.add_row("rollouts", f"{s.expected:,} = {s.tasks:,} tasks x {s.num_repeats}")
+    shown.add_row("scored", f"{s.scored:,}")
+    shown.add_row("failed", f"{s.failed:,}{_classes(s.failed_by_class)}")
+    if missing := s.expected - s.scored - s.failed:
+        shown.add_row("missing", f"{missing:,}")
+    shown.add_row("tokens", f"{s.input_tokens:,} in, {s.output_tokens:,} out")
+    if s.wall_s:
+        shown.add_row("throughput", f"{s.rollouts_per_s:,.1f} rollouts/s over {s.wall_s:,.1f} s")
+    else:
+        shown.add_row("throughput", "nothing left to do: the job was complete")
+    shown.add_row("files", next(iter(s.files.values())).rpartition("/")[0] + "/")
+    for path in s.files.values():
+        shown.add_row("", path.rpartition("/")[2])
+    common.out.print(shown, soft_wrap=True)
+
+
+def _classes(failed: dict[str, int]) -> str:
+    return f" ({', '.join(f'{kind} {count:,}' for kind, count in sorted(failed.items()))})" if failed else ""
+
+
+def _estimate(estimate: dict[str, Any]) -> str:
+    if estimate["mean"] is None:
+        return "no task has enough scored rollouts"
+    text = f"{100 * estimate['mean']:.2f} %"
+    if estimate["low"] is not None:
+        text += f"  (95 % interval {100 * estimate['low']:.2f} to {100 * estimate['high']:.2f})"
+    if estimate["skipped"]:
+        text += f"  [{estimate['skipped']} tasks with too few rewards left out]"
+    return text
+
+
+def print_statuses(statuses: list[Status]) -> None:
+    """A line per job."""
+    if not statuses:
+        click.echo("no jobs on this server")
+        return
+    shown = common.table("jobs", "job", "state", "accepted", "results", "in flight", "failed", "mean reward")
+    for s in statuses:
+        shown.add_row(
+            s.job,
+            s.state,
+            f"{s.accepted:,} of {s.total:,}",
+            f"{s.results:,}",
+            f"{s.in_flight:,}",
+            f"{sum(s.failed.values()):,}{_classes(s.failed)}",
+            "-" if s.mean_reward is None else f"{s.mean_reward:.4f}",
+        )
+    common.out.print(shown, soft_wrap=True)
+
+
+def status_line(s: Status) -> str:
+    """One job in one line."""
+    mean = "-" if s.mean_reward is None else f"{s.mean_reward:.4f}"
+    return (
+        f"{s.job} {s.state}: {s.results:,} of {s.total:,} results, {s.requests_waiting:,} at the agents, "
+        f"{s.attempts_waiting:,} at the verifiers, "
+        f"failed {sum(s.failed.values()):,}{_classes(s.failed)}, mean reward {mean}"
+    )
+
+
+def print_reverified(report: Reverified, wall_s: float) -> None:
+    """How a re-verification ended."""
+    shown = common.table(f"reverified with {report.verifier}", "", "")
+    shown.add_row("rollouts", f"{report.rollouts:,}")
+    shown.add_row("mean reward", "none scored" if report.mean_reward is None else f"{report.mean_reward:.4f}")
+    shown.add_row("changed", f"{report.changed:,} rewards differ from the stored ones")
+    shown.add_row("failed", f"{report.failed:,}{_classes(report.failed_by_class)}")
+    shown.add_row("throughput", f"{report.rollouts / max(wall_s, 1e-9):,.1f} rollouts/s over {wall_s:,.1f} s")
+    shown.add_row("file", report.output)
+    common.out.print(shown, soft_wrap=True)

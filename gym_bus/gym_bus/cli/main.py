@@ -1,0 +1,77 @@
+"""The `gym-bus` command."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import click
+
+from gym_bus.errors import GymBusError, did_you_mean
+
+FAILURES, USAGE, INTERRUPTED = 1, 2, 130
+
+COMMANDS = {
+    "bench": ("gym_bus.cli.bench", "Measure the pipeline on this machine with a simulated model."),
+    "bus": ("gym_bus.cli.bus", "Set up and look at the bus."),
+    "dataset": ("gym_bus.cli.dataset", "Prepare data sets."),
+    "eval": ("gym_bus.cli.eval", "Run benchmarks: run, submit, status, watch, cancel, reverify."),
+    "list": ("gym_bus.cli.catalogue", "List benchmarks, agents, verifiers and models."),
+    "model": ("gym_bus.cli.model", "Serve recorded or simulated models over HTTP."),
+    "worker": ("gym_bus.cli.worker", "Join a bus as a worker."),
+}
+"""Module and help line by command: a command imports only what it needs."""
+
+
+class LazyGroup(click.Group):
+    """Loads a command's module when it is called, and suggests names for unknown ones."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, without importing them."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command's module, imported now."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """As click does, with suggestions."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"no such command {args[0]!r}: {did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The help lines, without importing the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in sorted(COMMANDS.items())])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("gym-bus"), prog_name="gym-bus")
+def cli() -> None:
+    """Rollouts of language-model agents and their rewards, over a bus."""
+
+
+def main() -> None:
+    """Run the command line; exit 0 done, 1 failures present, 2 wrong usage or nothing could be run."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as e:
+        e.show()
+        code = USAGE
+    except GymBusError as e:
+        click.echo(f"error: {e}", err=True)
+        code = USAGE
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; the same command resumes where it stopped", err=True)
+        code = INTERRUPTED
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""From what the user asked for to a job: everything looked up, checked and written down before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from gym_bus.agents.registry import AGENTS
+from gym_bus.benchmarks.dataset import expand, materialize, materialized_line
+from gym_bus.benchmarks.prepare import find_convert
+from gym_bus.benchmarks.spec import Benchmark, data_path, load_benchmark
+from gym_bus.config import Config
+from gym_bus.errors import DataError, UsageError, did_you_mean
+from gym_bus.jobs import JobRecord, spans_of
+from gym_bus.results.files import JobFiles
+from gym_bus.results.manifest import Manifest, differences, new_job_id
+from gym_bus.settings import ModelConfig
+from gym_bus.verifiers.registry import VERIFIERS
+from gym_bus.verifiers.service import VerifierService
+from gym_bus.workers.publish import Order, read_inputs
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user asked for."""
+
+    benchmark: str
+    model: str
+    """Key in the configuration."""
+    num_repeats: int | None = None
+    """None for the benchmark's own."""
+    limit: int | None = None
+    """Tasks."""
+    split: str = "benchmark"
+    """Type or name of the benchmark's dataset."""
+    input: Path | None = None
+    """Rows of this file instead."""
+    agent: str | None = None
+    """None for the benchmark's own."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """A job, ready to be written down and published."""
+
+    wanted: Wanted
+    benchmark: Benchmark
+    data: Path
+    repeats: int
+    agent: str
+    agent_options: dict[str, Any]
+    verifier: str
+    verifier_options: dict[str, Any]
+    verifier_digest: str
+    required: tuple[str, ...]
+    model: ModelConfig
+    config: Config
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A job that is written down in its output folder."""
+
+    manifest: Manifest
+    record: JobRecord
+    order: Order
+    files: JobFiles
+    resumed: bool
+
+
+def plan_job(wanted: Wanted, config: Config) -> Plan:
+    """Look everything up and check it.
+
+    Raises:
+        UsageError: an unknown name, an option that does not fit, data that is not prepared; says what to do.
+    """
+    benchmark = load_benchmark(wanted.benchmark)
+    agent = wanted.agent or benchmark.spec.agent.name
+    agent_options = (benchmark.spec.agent.options if agent == benchmark.spec.agent.name else {}) | dict(
+        config.job.agent_options
+    )
+    make_agent(agent, agent_options)
+    verifier = benchmark.spec.verifier.name
+    verifier_options = benchmark.spec.verifier.options | config.job.verifier_options
+    digest = check_verifier(verifier, verifier_options, config)
+    if config.job.lane not in config.bus.lanes:
+        raise UsageError(
+            f"job.lane: unknown lane {config.job.lane!r}: {did_you_mean(config.job.lane, config.bus.lanes)}"
+        )
+    if wanted.model not in config.models:
+        raise UsageError(f"unknown model {wanted.model!r}: {did_you_mean(wanted.model, config.models)}")
+    return Plan(
+        wanted=wanted,
+        benchmark=benchmark,
+        data=_find_data(benchmark, wanted, Path(config.data_dir)),
+        repeats=wanted.num_repeats or benchmark.dataset(wanted.split).num_repeats,
+        agent=agent,
+        agent_options=agent_options,
+        verifier=verifier,
+        verifier_options=verifier_options,
+        verifier_digest=digest,
+        required=tuple(VERIFIERS.load(verifier).required),
+        model=config.models[wanted.model],
+        config=config,
+    )
+
+
+def make_agent(name: str, options: dict[str, Any]) -> None:
+    """Raise UsageError where there is no such agent, or it does not take these options."""
+    agent = AGENTS.load(name)
+    try:
+        agent(**options)
+    except TypeError as e:
+        raise UsageError(f"options of agent {name!r}: {e}") from None
+
+
+def check_verifier(name: str, options: dict[str, Any], config: Config) -> str:
+    """The verifier's digest. Raises UsageError where there is no such verifier, or it does not take these options."""
+    encoded = msgspec.json.encode(options, order="sorted")
+    service = VerifierService(config.verifier)
+    service.check(name, encoded)
+    return service.digest(name, encoded)
+
+
+def _find_data(benchmark: Benchmark, wanted: Wanted, data_dir: Path) -> Path:
+    if wanted.input is not None:
+        if not wanted.input.is_file():
+            raise UsageError(f"--input {wanted.input}: no such file")
+        return wanted.input
+    path = data_path(benchmark, data_dir, wanted.split)
+    if not path.is_file():
+        name = benchmark.spec.name
+        raise UsageError(
+            f"benchmark {name!r} is not prepared: run `gym-bus dataset prepare {name}` (it fetches the data from its "
+            f"public source, or reads a folder with --source DIR), or try its five example rows with --split example"
+        )
+    return path
+
+
+def write_down(plan: Plan, output: Path) -> Job:
+    """Write manifest and materialized inputs into `output`, or check that what lies there is the same job.
+
+    Raises:
+        DataError: a row of the dataset is broken; names file and line.
+        UsageError: the folder holds another job (says what differs), or cannot be written.
+    """
+    files = JobFiles(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        part = files.inputs.with_suffix(f".{os.getpid()}.part")
+        try:
+            digest, counts = _write_inputs(_lines(plan), part)
+            manifest = _manifest(plan, digest, len(counts))
+            resumed = files.manifest.exists()
+            if resumed:
+                manifest = _same_job(manifest, files)
+            if not resumed or not files.inputs.exists():
+                part.replace(files.inputs)
+                manifest.save(files.manifest)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as e:
+        raise UsageError(
+            f"{output}: cannot be written: {e.strerror or e}; choose another folder with --output"
+        ) from None
+    return _job(plan, manifest, spans_of(sorted(counts.items())), files, resumed=resumed)
+
+
+def _lines(plan: Plan) -> Iterator[tuple[int, int, bytes]]:
+    tasks = materialize(
+        plan.data,
+        agent=plan.agent,
+        prompt=plan.benchmark.spec.prompt,
+        required=plan.required,
+        overrides=plan.config.job.sampling,
+        limit=plan.wanted.limit,
+        convert=find_convert(plan.benchmark, plan.wanted.split) if plan.wanted.input else None,
+    )
+    for r in expand(tasks, plan.repeats, add_seed=plan.config.job.seed_per_repeat):
+        yield r.task_index, r.rollout_index, materialized_line(r.row, r.task_index, r.rollout_index)
+
+
+def _write_inputs(lines: Iterable[tuple[int, int, bytes]], path: Path) -> tuple[str, dict[int, int]]:
+    """Write the lines; returns their digest and the number of rollouts by task."""
+    sha = hashlib.sha256()
+    counts: dict[int, int] = {}
+    with path.open("wb") as out:
+        for task, rollout, line in lines:
+            out.write(line + b"\n")
+            sha.update(line + b"\n")
+            counts[task] = max(counts.get(task, 0), rollout + 1)
+        out.flush()
+        os.fsync(out.fileno())
+    if not counts:
+        raise DataError("the dataset has no rows")
+    return sha.hexdigest(), counts
+
+
+def _manifest(plan: Plan, dataset_digest: str, tasks: int) -> Manifest:
+    return Manifest(
+        job=new_job_id(plan.benchmark.spec.name),
+        created_at=time.time(),
+        benchmark=plan.benchmark.spec.name,
+        dataset_digest=dataset_digest,
+        rows=tasks,
+        num_repeats=plan.repeats,
+        agent=plan.agent,
+        agent_options=plan.agent_options,
+        model=plan.wanted.model,
+        model_kind=plan.model.kind,
+        model_name=plan.model.model or plan.wanted.model,
+        verifier=plan.verifier,
+        verifier_options=plan.verifier_options,
+        verifier_digest=plan.verifier_digest,
+        config_digest=_config_digest(plan),
+        gym_bus_version=version("gym-bus"),
+    )
+
+
+def _config_digest(plan: Plan) -> str:
+    """Over the settings that change results; the rows' own sampling parameters are in the dataset's digest."""
+    model = plan.model
+    parts: dict[str, Any] = {
+        "limit_s": plan.config.job.limit_s,
+        "model": [model.sampling, model.extra_body, model.return_tokens, model.api],
+    }
+    if model.kind == "replay" and model.file:
+        parts["replay"] = hashlib.sha256(Path(model.file).read_bytes()).hexdigest()
+    if model.kind == "simulated":
+        parts["simulated"] = model.simulated
+    return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
+
+
+def _same_job(manifest: Manifest, files: JobFiles) -> Manifest:
+    old = Manifest.load(files.manifest)
+    if different := differences(old, manifest):
+        raise UsageError(
+            f"{files.folder} holds another job ({old.job}); what differs: {'; '.join(different)}. "
+            "Choose another folder with --output, or run with the settings of that job to resume it"
+        )
+    return old
+
+
+def _job(plan: Plan, manifest: Manifest, spans: list[tuple[int, int, int]], files: JobFiles, *, resumed: bool) -> Job:
+    record = JobRecord(
+        job=manifest.job,
+        benchmark=manifest.benchmark,
+        agent=manifest.agent,
+        model=manifest.model,
+        verifier=manifest.verifier,
+        spans=spans,
+        lane=plan.config.job.lane,
+        created_at=manifest.created_at,
+        manifest=msgspec.to_builtins(manifest),
+    )
+    order = Order(
+        job=manifest.job,
+        agent=plan.agent,
+        model=plan.wanted.model,
+        verifier=plan.verifier,
+        agent_options=msgspec.json.encode(plan.agent_options, order="sorted"),
+        verifier_options=msgspec.json.encode(plan.verifier_options, order="sorted"),
+        limit_s=plan.config.job.limit_s,
+        lane=plan.config.job.lane,
+    )
+    return Job(manifest=manifest, record=record, order=order, files=files, resumed=resumed)
+
+
+def spans_of_file(path: Path) -> list[tuple[int, int, int]]:
+    """The spans of a file of materialized inputs."""
+    counts: dict[int, int] = {}
+    for row in read_inputs(path):
+        counts[row.task_index] = max(counts.get(row.task_index, 0), row.rollout_index + 1)
+    return spans_of(sorted(counts.items()))

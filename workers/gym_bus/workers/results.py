@@ -1,0 +1,284 @@
+"""The results consumer: one writer per job. Results in stream order, appended and synced; the file is the checkpoint.
+
+Nothing is acked: each line carries its stream sequence, and a restart reads on behind the last line that the stream
+still confirms. When a job stands still, what the bus lost is ordered again and what it cannot deliver is failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from gym_bus import subjects
+from gym_bus.bus import Bus, Delivery, Follower, as_result
+from gym_bus.errors import BusError, FailureKind
+from gym_bus.jobs import JobProgress, JobRecord
+from gym_bus.logs import get_logger
+from gym_bus.messages import Failed, Failure, Result, RolloutId, Scored
+from gym_bus.results.files import JobFiles
+from gym_bus.results.ledger import Ledger, State
+from gym_bus.results.writer import ResultsWriter
+from gym_bus.settings import ResultsConfig
+
+log = get_logger(__name__)
+
+PROGRESS_S = 1.0
+BATCH_WAIT_S = 0.25
+
+Reissue = Callable[[dict[RolloutId, tuple[int, int]]], Awaitable[None]]
+"""Orders rollouts again: by rollout, the attempt number and how often that attempt was ordered before."""
+
+
+def open_writer(record: JobRecord, files: JobFiles, config: ResultsConfig) -> ResultsWriter:
+    """The job's writer, holding the output folder; see `ResultsWriter` for what it raises."""
+    last = max(first + tasks for first, tasks, _ in record.spans)
+    most = max(rollouts for _, _, rollouts in record.spans)
+    return ResultsWriter(files, record.job, last, most, tokens=config.tokens, spans=record.spans)
+
+
+def worth_retrying(ledger: Ledger, most_attempts: int) -> list[tuple[RolloutId, int]]:
+    """Failed rollouts that another attempt may mend, with that attempt's number.
+
+    Not worth it: terminal failures, and rollouts that have used up their attempts, cancelled ones apart.
+    """
+    return [
+        (rollout, failure.number + 1)
+        for rollout, failure in ledger.failures()
+        if not failure.terminal and (failure.number < most_attempts or failure.kind == FailureKind.CANCELLED)
+    ]
+
+
+class Writer(Protocol):
+    """Where results are recorded."""
+
+    ledger: Ledger
+
+    def append(self, results: Sequence[tuple[int, Result]]) -> list[Result]:
+        """Record results with their stream sequences; returns those that were not recorded before."""
+        ...
+
+
+class ResultsConsumer:
+    """Records the results of one job until every rollout has one."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        record: JobRecord,
+        files: JobFiles,
+        writer: Writer,
+        config: ResultsConfig,
+        reissue: Reissue,
+        *,
+        published: Callable[[], bool] = lambda: True,
+        on_results: Callable[[list[Result], Ledger], None] | None = None,
+    ) -> None:
+        """Go on from what the files hold.
+
+        Args:
+            bus: where the results come from.
+            record: the job.
+            files: where they go.
+            writer: holds the files open; see `open_writer`.
+            config: limits.
+            reissue: called with what the bus has lost.
+            published: whether every request is out; before that, nothing is missing.
+            on_results: called with every batch of newly recorded results.
+        """
+        self._bus, self._record, self._files, self._config = bus, record, files, config
+        self._reissue, self._published, self._on_results = reissue, published, on_results
+        self._writer, self.ledger = writer, writer.ledger
+        self._retrying: dict[RolloutId, int] = {}
+        self._issues: dict[RolloutId, int] = {}
+        self._progress_at = time.monotonic()
+        self._told_at = 0.0
+        self._told = JobProgress()
+        self._cancelled = False
+
+    # -- what is to do ------------------------------------------------------------------------------------------------
+
+    def number_of(self, rollout: RolloutId) -> int:
+        """The attempt to order for a rollout, 0 where it has its result."""
+        return self.first_number(rollout) or self.retry_number(rollout)
+
+    def first_number(self, rollout: RolloutId) -> int:
+        """1 where nothing is recorded of the rollout, else 0."""
+        return 1 if self.ledger.state(rollout) is State.MISSING else 0
+
+    def retry_number(self, rollout: RolloutId) -> int:
+        """The attempt to order for a rollout that failed before, 0 where it is not tried again."""
+        return self._retrying.get(rollout, 0)
+
+    async def retry_failed(self) -> int:
+        """Have every failed rollout that is worth it tried again; returns how many."""
+        for rollout, number in worth_retrying(self.ledger, self._config.max_attempts):
+            await self._make_room(rollout)
+            self._retrying[rollout] = number
+        return len(self._retrying)
+
+    async def _make_room(self, rollout: RolloutId) -> None:
+        """A failed result holds the rollout's one place on the stream: clear it for the next attempt's."""
+        await self._bus.purge(subjects.RESULTS, subjects.result(rollout.job, rollout.task_index, rollout.rollout_index))
+
+    @property
+    def left(self) -> int:
+        """Rollouts that still need a result."""
+        return self.ledger.missing_count + len(self._retrying)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Record results until none is left.
+
+        Raises:
+            UsageError: the files cannot be written; nothing on the bus is lost.
+        """
+        follower = Follower(self._bus, subjects.RESULTS, subjects.results_of(self._record.job), await self._start())
+        self._progress_at = time.monotonic()
+        try:
+            while self.left:
+                await self._turn(follower)
+        finally:
+            await follower.close()
+            with contextlib.suppress(BusError):
+                await self._tell(force=True)
+
+    async def _turn(self, follower: Follower) -> None:
+        try:
+            deliveries = await follower.batch(BATCH_WAIT_S)
+            if deliveries:
+                await self._append(deliveries)
+            elif time.monotonic() - self._progress_at > self._config.idle_s:
+                self._progress_at = time.monotonic()
+                await self._reconcile(follower)
+            await self._tell()
+        except BusError as e:
+            log.warning("results_wait_for_the_bus", job=self._record.job, error=str(e))
+            await asyncio.sleep(0.5)
+
+    async def _start(self) -> int:
+        """The stream sequence to read from: behind the last line, where the stream still holds that very result."""
+        anchor = self.ledger.anchor
+        while anchor is not None:
+            try:
+                found = await self._bus.message_at(subjects.RESULTS, anchor.sequence)
+            except BusError as e:
+                log.warning("results_wait_for_the_bus", job=self._record.job, error=str(e))
+                await asyncio.sleep(0.5)
+                continue
+            if found and found[0].split("#", 1)[0] == str(anchor.rollout):
+                return anchor.sequence + 1
+            break
+        return 1
+
+    async def _append(self, deliveries: list[Delivery]) -> None:
+        results = [(delivery.sequence, await self._result(delivery)) for delivery in deliveries]
+        fresh = await asyncio.to_thread(self._writer.append, results)
+        if not fresh:
+            return
+        self._progress_at = time.monotonic()
+        for result in fresh:
+            wanted = self._retrying.get(result.rollout)
+            if wanted is not None and (isinstance(result, Scored) or result.number >= wanted):
+                del self._retrying[result.rollout]
+        if self._on_results:
+            self._on_results(fresh, self.ledger)
+
+    async def _result(self, delivery: Delivery) -> Result:
+        try:
+            return as_result(await delivery.message())
+        except (msgspec.DecodeError, BusError) as e:
+            job, task, index = delivery.subject.split(".")[2:5]
+            rollout = RolloutId(job, int(task), int(index))
+            detail = f"the result cannot be read: {e}"
+            return Failed(
+                rollout=rollout,
+                number=max(1, self.number_of(rollout)) if self.ledger.holds(rollout) else 1,
+                failure=Failure(kind=FailureKind.POISON, detail=detail, stage="results"),
+            )
+
+    async def _tell(self, *, force: bool = False) -> None:
+        """Put the progress where `eval status` and `eval watch` read it."""
+        if not force and time.monotonic() - self._told_at < PROGRESS_S:
+            return
+        self._told_at = time.monotonic()
+        await self._fail_if_cancelled()
+        tally = self.ledger.tally
+        progress = JobProgress(
+            scored=tally.scored,
+            failed=dict(tally.failed),
+            reward_sum=tally.reward_sum,
+            input_tokens=tally.input_tokens,
+            output_tokens=tally.output_tokens,
+            output=str(self._files.folder.resolve()),
+        )
+        if force or progress != self._told:
+            self._told = progress
+            await self._bus.put(
+                subjects.JOBS, f"{self._record.job}.progress", msgspec.structs.replace(progress, updated_at=time.time())
+            )
+
+    # -- when nothing moves -------------------------------------------------------------------------------------------
+
+    async def _reconcile(self, follower: Follower) -> None:
+        """Compare what is missing with what the bus holds: order again what it lost, fail what it cannot deliver."""
+        job = self._record.job
+        if not self._published() or await follower.pending():
+            return
+        waiting = 0
+        for stream, subject in (
+            (subjects.REQUESTS, subjects.requests_of(job)),
+            (subjects.ATTEMPTS, subjects.attempts_of(job)),
+        ):
+            for stuck in await self._bus.stuck(stream, subject):
+                await self._fail_undeliverable(stream, stuck)
+            waiting += await self._bus.waiting(stream, subject)
+        if waiting or await follower.pending():
+            return  # queued, or in the hands of a worker whose lease ends by itself, or just arrived
+        for rollout in self._retrying:  # a straggler of an older attempt may have taken its place
+            await self._make_room(rollout)
+        lost = {rollout: self._issues.get(rollout, 0) + 1 for rollout in self._open()}
+        hopeless = [rollout for rollout, issue in lost.items() if issue > self._config.issue_limit]
+        await self._fail(hopeless, FailureKind.LOST, f"lost by the bus {self._config.issue_limit} times")
+        again = {r: (self.number_of(r), issue) for r, issue in lost.items() if issue <= self._config.issue_limit}
+        if again:
+            log.warning("rollouts_ordered_again", job=job, count=len(again))
+            self._issues.update({rollout: issue for rollout, (_, issue) in again.items()})
+            await self._reissue(again)
+
+    def _open(self) -> list[RolloutId]:
+        return [*self.ledger.missing(), *self._retrying]
+
+    async def _fail_undeliverable(self, stream: str, subject: str) -> None:
+        async for sequence, _, name in self._bus.messages(stream, subject):
+            with contextlib.suppress(ValueError):
+                await self._fail([RolloutId.parse(name)], FailureKind.POISON, "its deliveries are used up")
+            await self._bus.delete(stream, sequence)
+
+    async def _fail_if_cancelled(self) -> None:
+        record = await self._bus.get(subjects.JOBS, self._record.job, JobRecord)
+        if record is not None and record.state == "cancelled" and not self._cancelled:
+            self._cancelled = True
+            await self._fail(self._open(), FailureKind.CANCELLED, "the job was cancelled")
+
+    async def _fail(self, rollouts: Iterable[RolloutId], kind: FailureKind, detail: str) -> None:
+        """Publish failed results: like any other result they come back through the stream."""
+        failures = [
+            Failed(
+                rollout=rollout,
+                number=max(1, self.number_of(rollout)),
+                failure=Failure(kind=kind, detail=detail, stage="bus"),
+                agent=self._record.agent,
+                verifier=self._record.verifier,
+            )
+            for rollout in rollouts
+        ]
+        for start in range(0, len(failures), 1024):
+            await asyncio.gather(
+                *(self._bus.publish(f, f"{f.rollout}#{f.number}!{kind}") for f in failures[start : start + 1024])
+            )

@@ -1,0 +1,279 @@
+"""Run one job from its output folder: publish what is missing, record until nothing is left, close the books."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from gym_bus import subjects
+from gym_bus.bus import Bus
+from gym_bus.config import Config
+from gym_bus.errors import FailureKind
+from gym_bus.jobs import Issued, JobProgress, JobRecord
+from gym_bus.logs import get_logger
+from gym_bus.messages import Failed, Failure, Result, RolloutId
+from gym_bus.results.ledger import Ledger
+from gym_bus.results.writer import ResultsWriter
+from gym_bus.workers.local import LocalStack
+from gym_bus.workers.main import CONTROL_CANCEL
+from gym_bus.workers.plan import Job
+from gym_bus.workers.publish import publish_requests
+from gym_bus.workers.results import ResultsConsumer, open_writer, worth_retrying
+
+log = get_logger(__name__)
+
+
+class Progress:
+    """What a running job shows: read by the display, written by the run."""
+
+    def __init__(self, record: JobRecord, ledger: Ledger) -> None:
+        self.job_name, self.total = f"{record.benchmark} {record.model}".strip(), record.total
+        self.ledger = ledger
+        self.published = 0
+        """Input lines that the broker has taken."""
+        self.finished = 0
+        """Results recorded by this run."""
+        self._started = time.monotonic()
+
+    @property
+    def recorded(self) -> int:
+        """Rollouts with a result."""
+        return self.total - self.ledger.missing_count
+
+    @property
+    def in_flight(self) -> int:
+        """Published and without a result."""
+        return max(0, self.published - self.recorded)
+
+    @property
+    def rate(self) -> float:
+        """Results per second of this run."""
+        return self.finished / max(1e-9, time.monotonic() - self._started)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self._started
+
+
+class RunResult(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run ended."""
+
+    ledger: Ledger
+    wall_s: float
+    """Seconds of this run, the start of the stack not included."""
+    finished: int
+    """Results recorded by this run."""
+
+
+async def run_job(
+    job: Job,
+    config: Config,
+    *,
+    workers: bool = True,
+    on_start: Callable[[Progress], None] = lambda _: None,
+) -> RunResult:
+    """Run until every rollout has its result.
+
+    Args:
+        job: written down in its folder.
+        config: `bus.url` set for a running server; else one is embedded.
+        workers: start local workers.
+        on_start: gets the progress, once the stack is up.
+
+    Raises:
+        BusError: no server, or a worker that keeps dying.
+        UsageError: the folder is held by another run, or cannot be written.
+    """
+    with open_writer(job.record, job.files, config.results) as writer:
+        if not writer.ledger.missing_count and not worth_retrying(writer.ledger, config.results.max_attempts):
+            on_start(Progress(job.record, writer.ledger))
+            return RunResult(ledger=writer.ledger, wall_s=0.0, finished=0)
+        async with LocalStack(config, job.files.folder, workers=workers) as stack:
+            result = await _run(job, stack, writer, on_start)
+            stack.complete()
+            return result
+
+
+async def _run(job: Job, stack: LocalStack, writer: ResultsWriter, on_start: Callable[[Progress], None]) -> RunResult:
+    bus, config = stack.bus, stack.config
+    await enrol(bus, job.record)
+    progress = Progress(job.record, writer.ledger)
+
+    def recorded(fresh: list[Result], _: Ledger) -> None:
+        progress.finished += len(fresh)
+
+    async def reissue(again: dict[RolloutId, tuple[int, int]]) -> None:
+        await publish_requests(
+            bus,
+            job.order,
+            job.files.inputs,
+            lambda r: again[r][0] if r in again else 0,
+            job.record.group_size,
+            issue_of=lambda r: again[r][1],
+            watermark=False,
+        )
+
+    publishing: asyncio.Task[None] | None = None
+    consumer = ResultsConsumer(
+        bus,
+        job.record,
+        job.files,
+        writer,
+        config.results,
+        reissue,
+        published=lambda: publishing is not None and publishing.done(),
+        on_results=recorded,
+    )
+    on_start(progress)
+    publishing = asyncio.create_task(_publish(bus, job, consumer, progress), name="publisher")
+    try:
+        await stack.until(consumer.run(), publishing)
+    finally:
+        publishing.cancel()
+        await asyncio.gather(publishing, return_exceptions=True)
+    await retire(bus, job.record)
+    return RunResult(ledger=writer.ledger, wall_s=progress.wall_s, finished=progress.finished)
+
+
+async def _publish(bus: Bus, job: Job, consumer: ResultsConsumer, progress: Progress) -> None:
+    if await consumer.retry_failed():
+        await publish_requests(
+            bus, job.order, job.files.inputs, consumer.retry_number, job.record.group_size, watermark=False
+        )
+    issued: Issued | None = await bus.get(subjects.JOBS, f"{job.record.job}.issued", Issued)
+
+    def moved(behind: int) -> None:
+        progress.published = behind
+
+    await publish_requests(
+        bus,
+        job.order,
+        job.files.inputs,
+        consumer.first_number,
+        job.record.group_size,
+        start=issued.count if issued else 0,
+        on_progress=moved,
+    )
+
+
+async def enrol(bus: Bus, record: JobRecord) -> None:
+    """Have the bus remember the job; a cancelled one runs again."""
+    known: JobRecord | None = await bus.get(subjects.JOBS, record.job, JobRecord)
+    if known is None or known.state != record.state:
+        await bus.put(subjects.JOBS, record.job, record)
+
+
+async def retire(bus: Bus, record: JobRecord) -> None:
+    """Every rollout has its result: mark the job done and free what it kept on the bus."""
+    known: JobRecord | None = await bus.get(subjects.JOBS, record.job, JobRecord)
+    if known is not None and known.state == "running":
+        await bus.put(subjects.JOBS, record.job, msgspec.structs.replace(known, state="done"))
+    await bus.delete_blobs(record.job)
+
+
+async def submit_job(bus: Bus, job: Job) -> int:
+    """Publish a job for workers and a results worker elsewhere; returns the number of rollouts."""
+    record = msgspec.structs.replace(job.record, shared=True)
+    await bus.store_file(f"{record.job}/inputs", job.files.inputs)
+    await enrol(bus, record)
+    return await publish_requests(bus, job.order, job.files.inputs, lambda _: 1, job.record.group_size)
+
+
+async def cancel_job(bus: Bus, record: JobRecord) -> int:
+    """Stop a job: nothing of it is started any more, and every rollout without a result fails as cancelled.
+
+    Returns the number of rollouts that were cancelled.
+    """
+    job = record.job
+    await bus.put(subjects.JOBS, job, msgspec.structs.replace(record, state="cancelled"))
+    await bus.announce(f"{CONTROL_CANCEL}.{job}", str(time.time()).encode())
+    await bus.purge(subjects.REQUESTS, subjects.requests_of(job))
+    await bus.purge(subjects.ATTEMPTS, subjects.attempts_of(job))
+    have = await bus.recorded(subjects.RESULTS, subjects.results_of(job))
+    failure = Failure(kind=FailureKind.CANCELLED, detail="the job was cancelled", stage="bus")
+    cancelled = 0
+    batch: list[Failed] = []
+    for rollout in record.rollouts():
+        if (rollout.task_index, rollout.rollout_index) in have:
+            continue
+        batch.append(Failed(rollout=rollout, failure=failure, agent=record.agent, verifier=record.verifier))
+        if len(batch) == 1024:
+            cancelled += await _publish_all(bus, batch)
+            batch = []
+    return cancelled + await _publish_all(bus, batch)
+
+
+async def _publish_all(bus: Bus, failures: list[Failed]) -> int:
+    stored = await asyncio.gather(*(bus.publish(f, f"{f.rollout}#cancelled") for f in failures))
+    return sum(stored)
+
+
+class Status(msgspec.Struct, kw_only=True):
+    """How a job stands, read from the bus alone. `accepted = scored + failed + cancelled + in flight`."""
+
+    job: str
+    state: str
+    benchmark: str
+    model: str
+    total: int
+    accepted: int
+    """Requests that the broker has taken."""
+    results: int
+    """Results on the stream."""
+    requests_waiting: int
+    """Queued or being generated."""
+    attempts_waiting: int
+    """Queued or being verified."""
+    in_flight: int
+    """Accepted and without a result."""
+    scored: int
+    """As recorded by the results consumer; the next ones too."""
+    failed: dict[str, int]
+    mean_reward: float | None
+    output: str
+    created_at: float
+    """Seconds since the epoch."""
+
+
+async def job_status(bus: Bus, record: JobRecord) -> Status:
+    """Read a job's status."""
+    job = record.job
+    issued: Issued | None = await bus.get(subjects.JOBS, f"{job}.issued", Issued)
+    results = await bus.count(subjects.RESULTS, subjects.results_of(job))
+    requests = await bus.waiting(subjects.REQUESTS, subjects.requests_of(job))
+    attempts = await bus.waiting(subjects.ATTEMPTS, subjects.attempts_of(job))
+    progress: JobProgress = await bus.get(subjects.JOBS, f"{job}.progress", JobProgress) or JobProgress()
+    accepted = min(record.total, max(issued.count if issued else 0, results))
+    return Status(
+        job=job,
+        state=record.state,
+        benchmark=record.benchmark,
+        model=record.model,
+        total=record.total,
+        accepted=accepted,
+        results=results,
+        requests_waiting=requests,
+        attempts_waiting=attempts,
+        in_flight=max(0, accepted - results),
+        scored=progress.scored,
+        failed=progress.failed,
+        mean_reward=progress.reward_sum / progress.scored if progress.scored else None,
+        output=progress.output,
+        created_at=record.created_at,
+    )
+
+
+async def load_inputs(bus: Bus, job: str, path: Path) -> None:
+    """Fetch the materialized inputs of a submitted job. Raises BusError where they are gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with contextlib.suppress(FileNotFoundError):
+        part.unlink()
+    await bus.load_file(f"{job}/inputs", part)
+    part.replace(path)
