@@ -6,8 +6,8 @@ import asyncio
 import time
 
 import pytest
-
 from conftest import NatsServer, until
+
 from gym_bus import subjects
 from gym_bus.bus import Bus, Delivery, Follower, Pull
 from gym_bus.errors import BusError, FailureKind

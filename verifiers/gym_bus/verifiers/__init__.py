@@ -1,0 +1,1 @@
+"""Verifiers: what turns an attempt into a verdict."""

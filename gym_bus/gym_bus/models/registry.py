@@ -1,0 +1,93 @@
+"""The models of a worker, by name: built on first use, sharing one pool of connections."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import aiohttp
+
+from gym_bus.errors import UsageError, did_you_mean
+from gym_bus.models.api import Model
+from gym_bus.settings import ModelConfig
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+KEEPALIVE_S = 60.0
+DNS_CACHE_S = 300
+
+
+def _keepalive_socket(address: aiohttp.connector.AddrInfoType) -> socket.socket:
+    """A socket that notices a peer which vanished without a goodbye: such a call would wait for ever."""
+    made = socket.socket(address[0], address[1], address[2])
+    made.setblocking(False)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return made
+
+
+class Models:
+    """Everything a worker needs to talk to models."""
+
+    def __init__(self, configs: Mapping[str, ModelConfig]) -> None:
+        self._configs = dict(configs)
+        self._models: dict[str, Model] = {}
+        self._clients: dict[str, AsyncOpenAI] = {}
+        self._session: aiohttp.ClientSession | None = None
+
+    def _config(self, name: str) -> ModelConfig:
+        if name not in self._configs:
+            raise UsageError(f"unknown model {name!r}: {did_you_mean(name, self._configs)}")
+        return self._configs[name]
+
+    def get(self, name: str) -> Model:
+        """The model of that name. Raises UsageError where the configuration has none."""
+        if name not in self._models:
+            self._models[name] = self._build(name, self._config(name))
+        return self._models[name]
+
+    def _build(self, name: str, config: ModelConfig) -> Model:
+        if config.kind == "replay":
+            from gym_bus.models.replay import ReplayModel
+
+            return ReplayModel(config.file or "", name=name)
+        if config.kind == "simulated":
+            from gym_bus.models.simulated import SimulatedModel
+
+            return SimulatedModel(config.simulated, name=name)
+        from gym_bus.models.http import OpenAIModel
+
+        return OpenAIModel(name, config, self.session)
+
+    def client(self, name: str) -> AsyncOpenAI:
+        """The official client for a model, over the same connections; for code that wants one."""
+        if name not in self._clients:
+            from gym_bus.models.openai_client import make_openai_client
+
+            self._clients[name] = make_openai_client(name, self._config(name), self.session())
+        return self._clients[name]
+
+    def session(self) -> aiohttp.ClientSession:
+        """The process's one HTTP session, opened in the running loop on first use."""
+        if self._session is None:
+            connector = aiohttp.TCPConnector(
+                limit=0,  # the worker bounds what is in flight; a second bound would only hide it
+                limit_per_host=0,
+                ttl_dns_cache=DNS_CACHE_S,
+                keepalive_timeout=KEEPALIVE_S,
+                socket_factory=_keepalive_socket,
+            )
+            self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        return self._session
+
+    async def close(self) -> None:
+        """Close models and connections."""
+        for model in self._models.values():
+            await model.close()
+        if self._session is not None:
+            await self._session.close()

@@ -1,0 +1,220 @@
+"""Replay and simulated models over HTTP, in both forms of the OpenAI API: any client can talk to them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from gym_bus.errors import RequestRefused
+from gym_bus.messages import Usage
+from gym_bus.models.api import Reply
+from gym_bus.models.body import chat_body, count_tokens, error_body, response_body
+from gym_bus.models.prompts import prompt_text
+from gym_bus.models.replay import ReplayModel
+from gym_bus.models.simulated import RETRY_AFTER_S, Draw, SimulatedModel
+
+MAX_REQUEST_BYTES = 64 * 2**20
+HANG_LIMIT_S = 3600.0
+
+_request = msgspec.json.Decoder(dict[str, Any])
+
+
+class _Identity(msgspec.Struct, frozen=True):
+    """Whose call it is: from the `X-Gym-Rollout: job/task/rollout/attempt` header, or from the prompt."""
+
+    task: int | None
+    rollout: int
+    attempt: int
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(status)
+        self.status, self.body, self.headers = status, body, dict(headers or {})
+
+
+class _Server:
+    def __init__(
+        self, model: ReplayModel | SimulatedModel, prompts: Mapping[str, int] | None, api_key: str | None
+    ) -> None:
+        self._model, self._prompts, self._api_key = model, prompts, api_key
+        self._calls = itertools.count()
+        self._steps: dict[str, int] = {}
+
+    async def responses(self, request: web.Request) -> web.Response:
+        return await self._answer(request, chat=False)
+
+    async def chat(self, request: web.Request) -> web.Response:
+        return await self._answer(request, chat=True)
+
+    async def _answer(self, request: web.Request, *, chat: bool) -> web.Response:
+        try:
+            body = await self._body(request, chat)
+            status, headers = 200, {}
+        except _Refused as e:
+            status, body, headers = e.status, e.body, e.headers
+        return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+
+    async def _body(self, request: web.Request, chat: bool) -> bytes:
+        if self._api_key and request.headers.get("Authorization") != f"Bearer {self._api_key}":
+            raise _Refused(401, error_body("wrong api key", "authentication_error", "invalid_api_key"))
+        try:
+            asked = _request.decode(await request.read())
+        except msgspec.DecodeError as e:
+            raise _Refused(400, error_body(f"the request is not a JSON object: {e}", "invalid_request_error")) from None
+        given = asked.get("messages" if chat else "input")
+        if given is None:
+            key = "messages" if chat else "input"
+            raise _Refused(400, error_body(f"missing required parameter: '{key}'", "invalid_request_error"))
+        if asked.get("stream"):
+            raise _Refused(400, error_body("this server does not stream", "invalid_request_error", "unsupported"))
+        prompt = prompt_text(given)
+        identity = self._identity(request, prompt)
+        if isinstance(self._model, SimulatedModel):
+            return await self._simulate(self._model, prompt, identity, chat)
+        return self._replay(self._model, given, identity, chat)
+
+    def _identity(self, request: web.Request, prompt: str) -> _Identity:
+        header = request.headers.get("X-Gym-Rollout", "")
+        parts = header.split("/")
+        if len(parts) == 4 and all(p.isdigit() for p in parts[1:]):
+            return _Identity(int(parts[1]), int(parts[2]), int(parts[3]))
+        return _Identity(self._prompts.get(prompt) if self._prompts else None, 0, 1)
+
+    async def _simulate(self, model: SimulatedModel, prompt: str, who: _Identity, chat: bool) -> bytes:
+        key = f"{who.task}.{who.rollout}/{who.attempt}" if who.task is not None else str(next(self._calls))
+        draw = model.draw(key)
+        if draw.fault == "hang":
+            await asyncio.sleep(HANG_LIMIT_S)
+        if draw.latency_s:
+            await asyncio.sleep(draw.latency_s)
+        _raise_fault(draw)
+        spent = count_tokens(prompt)
+        usage = Usage(input_tokens=spent, output_tokens=draw.tokens, total_tokens=spent + draw.tokens)
+        make = chat_body if chat else response_body
+        return make(
+            name=str(next(self._calls)),
+            model=model.name,
+            text=model.text(draw.tokens),
+            usage=usage,
+            created_at=int(time.time()),
+        )
+
+    def _replay(self, model: ReplayModel, given: Any, who: _Identity, chat: bool) -> bytes:
+        try:
+            reply = model.answer({"input": given}, who.task, who.rollout, _steps_before(given))
+        except RequestRefused as e:
+            raise _Refused(404, error_body(e.message, "invalid_request_error", "no_recording")) from None
+        return _as_chat(reply, model.name) if chat else reply.body
+
+    async def models(self, request: web.Request) -> web.Response:
+        listed = [{"id": self._model.name, "object": "model", "created": 0, "owned_by": "gym-bus"}]
+        body = msgspec.json.encode({"object": "list", "data": listed})
+        return web.Response(body=body, content_type="application/json")
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.Response(body=b'{"status":"ok"}', content_type="application/json")
+
+
+def _raise_fault(draw: Draw) -> None:
+    if draw.fault == "rate_limited":
+        body = error_body("simulated: too many requests", "rate_limit_error", "rate_limit_exceeded")
+        raise _Refused(429, body, {"Retry-After": f"{RETRY_AFTER_S:g}"})
+    if draw.fault == "server_error":
+        raise _Refused(500, error_body("simulated: internal error", "server_error"))
+
+
+def _steps_before(given: Any) -> int:
+    """How many model calls lie behind a conversation: its runs of items or messages that a model produced."""
+    steps, ours = 0, False
+    for item in given if isinstance(given, list) else []:
+        kind, role = item.get("type"), item.get("role")
+        produced = role == "assistant" or kind in ("function_call", "reasoning")
+        steps += produced and not ours
+        ours = produced
+    return steps
+
+
+def _as_chat(reply: Reply, model: str) -> bytes:
+    """A Responses object as the Chat Completions object that says the same."""
+    texts: list[str] = []
+    reasoning: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for raw in reply.head.output:
+        item = msgspec.json.decode(raw, type=dict[str, Any])
+        if item.get("type") == "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            calls.append({"id": item.get("call_id"), "type": "function", "function": function})
+        elif item.get("type") == "reasoning":
+            reasoning += [str(part.get("text", "")) for part in item.get("summary") or []]
+        else:
+            texts += [str(part.get("text", "")) for part in item.get("content") or [] if "text" in part]
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(texts) if texts or not calls else None}
+    if reasoning:
+        message["reasoning_content"] = "".join(reasoning)
+    if calls:
+        message["tool_calls"] = calls
+    reason = reply.head.incomplete_details.reason if reply.head.incomplete_details else None
+    finish = {"max_output_tokens": "length", "content_filter": "content_filter"}.get(reason or "")
+    usage = reply.usage
+    return msgspec.json.encode(
+        {
+            "id": "chatcmpl-recorded",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": model,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": message,
+                    "logprobs": None,
+                    "finish_reason": finish or ("tool_calls" if calls else "stop"),
+                }
+            ],
+            "usage": {
+                "prompt_tokens": usage.input_tokens,
+                "completion_tokens": usage.output_tokens,
+                "total_tokens": usage.total_tokens,
+            },
+        }
+    )
+
+
+def make_app(
+    model: ReplayModel | SimulatedModel, *, prompts: Mapping[str, int] | None = None, api_key: str | None = None
+) -> web.Application:
+    """The HTTP application of one model.
+
+    Args:
+        model: who answers.
+        prompts: task index by prompt text, for clients that do not send the rollout header.
+        api_key: demand this bearer token.
+    """
+    server = _Server(model, prompts, api_key)
+    app = web.Application(client_max_size=MAX_REQUEST_BYTES)
+    app.router.add_post("/v1/responses", server.responses)
+    app.router.add_post("/v1/chat/completions", server.chat)
+    app.router.add_get("/v1/models", server.models)
+    app.router.add_get("/health", server.health)
+    return app
+
+
+async def serve(app: web.Application, host: str, port: int) -> tuple[web.AppRunner, int]:
+    """Start to serve; returns the runner (to clean up) and the bound port. Raises OSError where it cannot listen."""
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, host, port, backlog=4096)
+    try:
+        await site.start()
+    except OSError:
+        await runner.cleanup()
+        raise
+    server = site._server
+    sockets = getattr(server, "sockets", None)
+    return runner, int(sockets[0].getsockname()[1]) if sockets else port

@@ -1,0 +1,256 @@
+"""The consume loop against a real nats-server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from conftest import until
+
+from gym_bus import subjects
+from gym_bus.bus import Bus, as_result
+from gym_bus.errors import AgentError, BusError, FailureKind, SandboxError
+from gym_bus.messages import Attempt, Failed, Message, Policy, Request, Result, RolloutId, decode
+from gym_bus.settings import BusConfig
+from gym_bus.workers.loop import Cancellations, Loop, Source
+
+
+def a_request(task: int = 0, job: str = "job") -> Request:
+    return Request(rollout=RolloutId(job, task, 0), agent="simple", model="m", verifier="v", row=b'{"q":1}')
+
+
+def an_attempt(message: Message) -> Attempt:
+    return Attempt(
+        rollout=message.rollout, agent="simple", verifier="v", row=b"{}", response=b"{}", policy=Policy(model="m")
+    )
+
+
+class Handler:
+    """Does what the test says, and remembers what it was given."""
+
+    stage = "agent"
+
+    def __init__(self, do: Callable[[Message], Awaitable[Attempt | Result]]) -> None:
+        self.cancellations = Cancellations()
+        self.given: list[Message] = []
+        self.running = self.most = 0
+        self._do = do
+
+    async def handle(self, message: Message, stored_at: float) -> Attempt | Result:
+        self.given.append(message)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            return await self._do(message)
+        finally:
+            self.running -= 1
+
+
+async def at_once(message: Message) -> Attempt:
+    return an_attempt(message)
+
+
+@asynccontextmanager
+async def looping(bus: Bus, handler: Handler, concurrency: int = 8, prefetch: int = 4) -> AsyncIterator[Loop]:
+    sources = [
+        Source(
+            stream=subjects.REQUESTS,
+            consumer=f"agent-{lane}-simple",
+            subject=subjects.request(lane, "simple", "*"),
+            urgent=lane == "interactive",
+        )
+        for lane in ("interactive", "batch")
+    ]
+    loop = Loop(
+        bus, handler, sources, concurrency=concurrency, prefetch=prefetch, max_ack_pending=1000, worker="agent-test"
+    )
+    await loop.start()
+    try:
+        yield loop
+    finally:
+        await loop.drain(0.1)
+
+
+async def order(bus: Bus, count: int, job: str = "job") -> None:
+    await asyncio.gather(*(bus.publish(a_request(i, job), f"{job}.{i}.0#1") for i in range(count)))
+
+
+async def waiting(bus: Bus, stream: str = subjects.REQUESTS) -> int:
+    return (await bus.size(stream))[0]
+
+
+async def the_result(bus: Bus, task: int = 0) -> Result:
+    found = [s async for s, _, _ in bus.messages(subjects.RESULTS, subjects.result("job", task, 0))]
+    stored = await bus.message_at(subjects.RESULTS, found[0])
+    assert stored
+    return as_result(decode(stored[1]))
+
+
+async def test_every_request_becomes_one_attempt_and_is_acked_after_it(bus: Bus) -> None:
+    handler = Handler(at_once)
+    async with looping(bus, handler):
+        await order(bus, 200)
+        await until(lambda: drained(bus))
+    assert await waiting(bus, subjects.ATTEMPTS) == 200
+    assert len(handler.given) == 200
+
+
+async def drained(bus: Bus) -> bool:
+    return await waiting(bus) == 0
+
+
+async def test_no_more_than_the_concurrency_is_handled_at_a_time(bus: Bus) -> None:
+    gate = asyncio.Event()
+
+    async def wait(message: Message) -> Attempt:
+        await gate.wait()
+        return an_attempt(message)
+
+    handler = Handler(wait)
+    async with looping(bus, handler, concurrency=5, prefetch=1) as loop:
+        await order(bus, 30)
+        await until(lambda: loop.in_flight == 5 and loop.buffered == 1)
+        gate.set()
+        await until(lambda: drained(bus))
+    assert handler.most == 5
+
+
+async def test_an_urgent_lane_is_served_before_a_long_queue(bus: Bus) -> None:
+    gate = asyncio.Event()
+
+    async def wait(message: Message) -> Attempt:
+        if message.rollout.job == "job":
+            await asyncio.wait_for(gate.wait(), 20)
+        return an_attempt(message)
+
+    handler = Handler(wait)
+    async with looping(bus, handler, concurrency=2, prefetch=2) as loop:
+        await order(bus, 50)
+        await until(lambda: loop.in_flight == 2)
+        await bus.publish(a_request(0, "urgent"), "urgent.0.0#1", lane="interactive")
+        await until(lambda: loop.buffered >= 1)
+        gate.set()
+        await until(lambda: any(m.rollout.job == "urgent" for m in handler.given))
+        position = [m.rollout.job for m in handler.given].index("urgent")
+        await until(lambda: drained(bus))
+    assert position < 10
+
+
+async def test_an_error_of_foreign_code_is_a_failure_with_its_request(bus: Bus) -> None:
+    async def explode(message: Message) -> Attempt:
+        raise ZeroDivisionError("oops")
+
+    async with looping(bus, Handler(explode)):
+        await order(bus, 1)
+        await until(lambda: drained(bus))
+    result = await the_result(bus)
+    assert isinstance(result, Failed)
+    assert result.failure.kind is FailureKind.AGENT_ERROR
+    assert "ZeroDivisionError: oops" in result.failure.detail
+    assert result.row == b'{"q":1}'
+
+
+async def test_an_error_with_a_class_keeps_it(bus: Bus) -> None:
+    async def refuse(message: Message) -> Attempt:
+        raise AgentError("cannot do this")
+
+    async with looping(bus, Handler(refuse)):
+        await order(bus, 1)
+        await until(lambda: drained(bus))
+    result = await the_result(bus)
+    assert isinstance(result, Failed)
+    assert result.failure.kind is FailureKind.AGENT_ERROR
+    assert result.failure.detail == "cannot do this"
+
+
+async def test_a_lost_sandbox_is_tried_again_elsewhere(bus: Bus) -> None:
+    tries: list[int] = []
+
+    async def lose_once(message: Message) -> Attempt:
+        tries.append(1)
+        if len(tries) == 1:
+            raise SandboxError("the actor died")
+        return an_attempt(message)
+
+    async with looping(bus, Handler(lose_once)):
+        await order(bus, 1)
+        await until(lambda: drained(bus))
+    assert len(tries) == 2
+    assert await waiting(bus, subjects.RESULTS) == 0
+
+
+async def test_an_undecodable_message_ends_as_poison_and_blocks_nobody(bus: Bus) -> None:
+    await bus.js.publish("gym.request.batch.simple.job", b"\xc1garbage", headers={"Nats-Msg-Id": "job.7.0#1"})
+    await order(bus, 3)
+    async with looping(bus, Handler(at_once)):
+        await until(lambda: drained(bus))
+    result = await the_result(bus, task=7)
+    assert isinstance(result, Failed)
+    assert result.failure.kind is FailureKind.POISON
+    assert await waiting(bus, subjects.ATTEMPTS) == 3
+
+
+async def test_a_message_that_keeps_coming_back_ends_as_poison(bus: Bus) -> None:
+    async def as_if_the_worker_died(message: Message) -> Attempt:
+        raise BusError("no outcome")
+
+    async with await Bus.connect(BusConfig(url=bus.config.url, max_deliver=2)) as impatient:
+        await order(bus, 1)
+        async with looping(impatient, Handler(as_if_the_worker_died)):
+            await until(lambda: drained(bus), 20)
+    result = await the_result(bus)
+    assert isinstance(result, Failed)
+    assert result.failure.kind is FailureKind.POISON
+
+
+async def test_a_cancelled_job_is_not_started_and_what_is_ordered_later_is(bus: Bus) -> None:
+    handler = Handler(at_once)
+    await order(bus, 5)
+    handler.cancellations.add("job", 2e9)
+    async with looping(bus, handler):
+        await until(lambda: drained(bus))
+        assert handler.given == []
+        handler.cancellations.add("job", 1.0)
+        await bus.publish(a_request(9), "job.9.0#2")
+        await until(lambda: drained(bus))
+    assert len(handler.given) == 1
+    result = await the_result(bus)
+    assert isinstance(result, Failed)
+    assert result.failure.kind is FailureKind.CANCELLED
+
+
+async def test_draining_hands_back_what_is_not_finished(bus: Bus) -> None:
+    async with looping(bus, Handler(forever), concurrency=3, prefetch=3) as loop:
+        await order(bus, 6)
+        await until(lambda: loop.in_flight == 3)
+    handler = Handler(at_once)
+    async with looping(bus, handler):
+        await until(lambda: drained(bus))
+    assert len(handler.given) == 6
+
+
+async def test_a_worker_that_dies_loses_its_lease_not_its_work(bus: Bus) -> None:
+    sources = [Source(stream=subjects.REQUESTS, consumer="short", subject=subjects.request("batch", "simple", "*"))]
+    short = BusConfig(url=bus.config.url, ack_wait_s=1.0, heartbeat_s=0.2)
+    held = Handler(forever)
+    handler = Handler(at_once)
+    async with await Bus.connect(short) as first, await Bus.connect(short) as second:
+        dying = Loop(first, held, sources, concurrency=2, prefetch=1, max_ack_pending=10, worker="dying")
+        await dying.start()
+        await order(bus, 2)
+        await until(lambda: dying.in_flight == 2)
+        living = Loop(second, handler, sources, concurrency=2, prefetch=1, max_ack_pending=10, worker="living")
+        await living.start()
+        lease_over = asyncio.get_running_loop().time() + 1.5 * short.ack_wait_s
+        await until(lambda: asyncio.get_running_loop().time() > lease_over)
+        assert handler.given == []  # the heartbeat kept the lease
+        await first.client.close()  # as a killed process: no goodbye
+        await until(lambda: len(handler.given) == 2)
+        await living.drain(1.0)
+        await dying.drain(0.0)
+
+
+async def forever(message: Message) -> Attempt:
+    await asyncio.Event().wait()
+    raise AssertionError

@@ -1,0 +1,159 @@
+"""What a pool's worker process does: build verifiers, run checks, hand back plain data."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from typing import Any, cast
+
+import msgspec
+
+from gym_bus.errors import GymBusError, SandboxError, TaskError, UsageError, VerifierError
+from gym_bus.messages import Verdict
+from gym_bus.verifiers.base import AnyVerifier, Placement, SandboxedVerifier, Task, Verifier
+from gym_bus.verifiers.registry import VERIFIERS
+
+CACHED = 64
+
+_object = msgspec.json.Decoder(dict[str, Any])
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One verification to do; everything in it is JSON."""
+
+    verifier: str
+    options: bytes
+    row: bytes
+    response: bytes
+
+
+class Judged(msgspec.Struct, frozen=True, tag="judged"):
+    """It was judged."""
+
+    verdict: Verdict
+    seconds: float
+
+
+class Broken(msgspec.Struct, frozen=True, tag="broken"):
+    """There is no verdict: the task, the verifier or the sandbox is at fault."""
+
+    kind: str
+    """task, verifier or sandbox."""
+    detail: str
+
+    def error(self) -> GymBusError:
+        """The error that says so."""
+        return {"task": TaskError, "sandbox": SandboxError}.get(self.kind, VerifierError)(self.detail)
+
+
+Answer = Judged | Broken
+
+_encode = msgspec.msgpack.Encoder().encode
+_checks = msgspec.msgpack.Decoder(list[Check])
+_answers = msgspec.msgpack.Decoder(list[Answer])
+
+
+def encode_checks(checks: list[Check]) -> bytes:
+    """A batch on its way to a worker process."""
+    return _encode(checks)
+
+
+def decode_answers(data: bytes) -> list[Answer]:
+    """A batch's answers, in the order of its checks."""
+    return _answers.decode(data)
+
+
+def build(name: str, options: bytes) -> AnyVerifier:
+    """A verifier by name with its options. Raises UsageError for an unknown name or options that do not fit."""
+    made = VERIFIERS.load(name)
+    try:
+        return made(**_object.decode(options))
+    except TypeError as e:
+        raise UsageError(f"options of verifier {name!r}: {e}") from None
+
+
+def task_of(row: bytes, response: bytes) -> Task:
+    """Row and response, decoded. Raises TaskError where the row is no JSON object."""
+    try:
+        decoded = _object.decode(row)
+    except msgspec.DecodeError as e:
+        raise TaskError(f"the row cannot be read: {e}") from None
+    try:
+        answered = _object.decode(response)
+    except msgspec.DecodeError:  # whatever the endpoint sent, it is no answer
+        answered = {}
+    return Task(row=decoded, response=answered)
+
+
+class VerifierRunner:
+    """Verifiers kept warm, and one sandbox slot for those that need it."""
+
+    def __init__(self) -> None:
+        self._verifiers: OrderedDict[tuple[str, bytes], AnyVerifier] = OrderedDict()
+        self._slot: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def warm(self, name: str, options: bytes) -> None:
+        """Import and build a verifier, and start what it needs, before the first check."""
+        verifier = self._verifier(name, options)
+        if verifier.placement is Placement.SANDBOXED:
+            self._run(self._sandbox())
+
+    def batch(self, checks: bytes) -> bytes:
+        """Judge an encoded batch; one broken check does not touch the others."""
+        return _encode([self.judge(check) for check in _checks.decode(checks)])
+
+    def judge(self, check: Check) -> Answer:
+        """Judge one attempt. Never raises: what goes wrong is data."""
+        started = time.monotonic()
+        try:
+            verdict = self._judge(check)
+        except TaskError as e:
+            return Broken("task", str(e))
+        except SandboxError as e:
+            return Broken("sandbox", str(e))
+        except Exception as e:  # a verifier is foreign code; its fault is recorded with a class, never as a reward
+            return Broken("verifier", f"{type(e).__name__}: {e}")
+        return Judged(verdict, time.monotonic() - started)
+
+    def _judge(self, check: Check) -> Verdict:
+        verifier = self._verifier(check.verifier, check.options)
+        task = task_of(check.row, check.response)
+        if verifier.placement is Placement.SANDBOXED:
+            verdict: Verdict = self._run(self._judge_sandboxed(cast(SandboxedVerifier, verifier), task))
+            return verdict
+        return cast(Verifier, verifier).verify(task)
+
+    async def _judge_sandboxed(self, verifier: SandboxedVerifier, task: Task) -> Verdict:
+        return await verifier.verify(task, await self._sandbox())
+
+    async def _sandbox(self) -> Any:
+        if self._slot is None:
+            from gym_bus.sandbox.slot import Slot
+
+            self._slot = await Slot.start()
+        return self._slot
+
+    def _run(self, work: Any) -> Any:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+        return self._loop.run_until_complete(work)
+
+    def _verifier(self, name: str, options: bytes) -> AnyVerifier:
+        key = (name, options)
+        if key not in self._verifiers:
+            self._verifiers[key] = build(name, options)
+            if len(self._verifiers) > CACHED:
+                self._verifiers.popitem(last=False)
+        self._verifiers.move_to_end(key)
+        return self._verifiers[key]
+
+    def close(self) -> None:
+        """Give up the sandbox."""
+        if self._slot is not None:
+            self._run(self._slot.close())
+            self._slot = None
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
