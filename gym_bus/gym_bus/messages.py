@@ -35,7 +35,7 @@ class Timings(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Where the seconds of one rollout went. All values are seconds of wall clock."""
 
     request_queue_s: float = 0.0
-    """From the publishing of the request to its start on an agent worker."""
+    """From the broker's storing of the request to its start on an agent worker."""
     agent_s: float = 0.0
     """The whole run of the agent."""
     model_s: float = 0.0
@@ -45,11 +45,11 @@ class Timings(msgspec.Struct, kw_only=True, omit_defaults=True):
     tools_s: float = 0.0
     """Running tools; parallel calls of one step count once."""
     attempt_queue_s: float = 0.0
-    """From the publishing of the attempt to its start on a verifier worker."""
+    """From the broker's storing of the attempt to its start on a verifier worker."""
     verify_s: float = 0.0
     """The verification, waiting for a place in the pool included."""
     publish_s: float = 0.0
-    """Waiting for the broker's acks of the attempt."""
+    """From the end of the agent's run to the broker's storing of the attempt; a full stream shows here."""
 
 
 class Usage(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):

@@ -132,6 +132,8 @@ class ModelConfig(_Section, frozen=True):
     """Create params that this model always gets, such as `temperature`; they win over the job's."""
     extra_body: dict[str, Any] = {}
     """Further keys of the request body, as vLLM's `chat_template_kwargs`."""
+    split_think: bool = False
+    """Chat only: make a leading `<think>` block of the answer a reasoning item."""
     return_tokens: bool = False
     """Ask for token ids and log-probabilities, vLLM style."""
     connect_limit_s: Seconds = 10.0

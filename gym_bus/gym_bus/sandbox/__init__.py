@@ -1,0 +1,1 @@
+"""The sandbox: where programs that models wrote are run."""

@@ -1,0 +1,141 @@
+"""What is read of the OpenAI wire formats: only the fields that gym_bus needs, everything else is passed over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from gym_bus.messages import Usage
+from gym_bus.models.api import IncompleteDetails
+
+
+class TokenDetails(msgspec.Struct, frozen=True):
+    """Details of a token count; None where the endpoint does not say."""
+
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+class ResponsesUsage(msgspec.Struct, frozen=True):
+    """`usage` of a Responses object."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    total_tokens: int = 0
+    input_tokens_details: TokenDetails | None = None
+    output_tokens_details: TokenDetails | None = None
+
+    def plain(self) -> Usage:
+        """As it travels on the bus."""
+        return Usage(
+            input_tokens=self.input_tokens,
+            output_tokens=self.output_tokens,
+            total_tokens=self.total_tokens or self.input_tokens + self.output_tokens,
+            cached_tokens=self.input_tokens_details.cached_tokens if self.input_tokens_details else None,
+            reasoning_tokens=self.output_tokens_details.reasoning_tokens if self.output_tokens_details else None,
+        )
+
+
+class WireResponse(msgspec.Struct, frozen=True):
+    """A Responses object, or what came in its place."""
+
+    output: list[msgspec.Raw] | None = None
+    usage: ResponsesUsage | None = None
+    incomplete_details: IncompleteDetails | None = None
+    error: Any = None
+    status: str | None = None
+
+
+class ChatUsage(msgspec.Struct, frozen=True):
+    """`usage` of a Chat Completions object."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    prompt_tokens_details: TokenDetails | None = None
+    completion_tokens_details: TokenDetails | None = None
+
+    def plain(self) -> Usage:
+        """As it travels on the bus."""
+        details, made = self.prompt_tokens_details, self.completion_tokens_details
+        return Usage(
+            input_tokens=self.prompt_tokens,
+            output_tokens=self.completion_tokens,
+            total_tokens=self.total_tokens or self.prompt_tokens + self.completion_tokens,
+            cached_tokens=details.cached_tokens if details else None,
+            reasoning_tokens=made.reasoning_tokens if made else None,
+        )
+
+
+class ChatFunction(msgspec.Struct, frozen=True):
+    """The function of a tool call; arguments are JSON text, as the model wrote it."""
+
+    name: str = ""
+    arguments: str = ""
+
+
+class ChatToolCall(msgspec.Struct, frozen=True):
+    """One tool call of a message."""
+
+    function: ChatFunction = ChatFunction()
+    id: str = ""
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """The assistant's message."""
+
+    content: str | None = None
+    reasoning_content: str | None = None
+    """DeepSeek's and vLLM's name."""
+    reasoning: str | None = None
+    """OpenRouter's name, and vLLM's newer one."""
+    refusal: str | None = None
+    tool_calls: list[ChatToolCall] | None = None
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """One sampled token; vLLM writes `token_id:<int>` when asked to."""
+
+    token: str = ""
+    logprob: float = 0.0
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities of the sampled tokens, natural logarithm."""
+
+    content: list[TokenLogprob] | None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    """One choice."""
+
+    message: ChatMessage = ChatMessage()
+    finish_reason: str | None = None
+    logprobs: ChatLogprobs | None = None
+    token_ids: list[int] | None = None
+
+
+class WireChat(msgspec.Struct, frozen=True):
+    """A Chat Completions object, or what came in its place."""
+
+    choices: list[ChatChoice] | None = None
+    usage: ChatUsage | None = None
+    error: Any = None
+    id: str = ""
+    created: float = 0.0
+    model: str = ""
+    prompt_token_ids: list[int] | None = None
+
+
+class TokenItem(msgspec.Struct, frozen=True):
+    """The token arrays that NeMo Gym's model servers put on the last output item of a call."""
+
+    prompt_token_ids: list[int] | None = None
+    generation_token_ids: list[int] | None = None
+    generation_log_probs: list[float] | None = None
+
+
+response_decoder = msgspec.json.Decoder(WireResponse)
+chat_decoder = msgspec.json.Decoder(WireChat)
+token_item_decoder = msgspec.json.Decoder(TokenItem)
