@@ -21,6 +21,7 @@ from gym_bus.models.simulated import RETRY_AFTER_S, Draw, SimulatedModel
 
 MAX_REQUEST_BYTES = 64 * 2**20
 HANG_LIMIT_S = 3600.0
+SHUTDOWN_LIMIT_S = 1.0
 
 _request = msgspec.json.Decoder(dict[str, Any])
 
@@ -207,7 +208,7 @@ def make_app(
 
 async def serve(app: web.Application, host: str, port: int) -> tuple[web.AppRunner, int]:
     """Start to serve; returns the runner (to clean up) and the bound port. Raises OSError where it cannot listen."""
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_LIMIT_S)
     await runner.setup()
     site = web.TCPSite(runner, host, port, backlog=4096)
     try:

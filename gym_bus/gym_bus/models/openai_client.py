@@ -1,0 +1,88 @@
+"""The official OpenAI client over the worker's own connections, for external code that wants one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+
+import aiohttp
+import httpx2
+from openai import AsyncOpenAI
+
+from gym_bus.settings import ModelConfig
+
+_PER_HOP = frozenset({"host", "content-length", "transfer-encoding", "connection", "accept-encoding"})
+"""Request headers that aiohttp sets for its own connection."""
+_DECODED = frozenset({"content-encoding", "content-length", "transfer-encoding"})
+"""Reply headers that no longer hold once aiohttp has decoded the body."""
+
+
+class _Body(httpx2.AsyncByteStream):
+    """The reply's body as it arrives."""
+
+    def __init__(self, reply: aiohttp.ClientResponse) -> None:
+        self._reply = reply
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._reply.content.iter_any():
+                yield chunk
+        except TimeoutError as e:
+            raise httpx2.ReadTimeout(str(e) or "the reply stopped") from e
+        except aiohttp.ClientError as e:
+            raise httpx2.ReadError(str(e)) from e
+
+    async def aclose(self) -> None:
+        self._reply.release()
+
+
+class AiohttpTransport(httpx2.AsyncBaseTransport):
+    """Carries the client's requests over a shared aiohttp session."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """One exchange; errors become those that the client knows how to name."""
+        headers = {key: value for key, value in request.headers.items() if key.lower() not in _PER_HOP}
+        try:
+            reply = await self._session.request(
+                request.method,
+                str(request.url),
+                headers=headers,
+                data=await request.aread(),
+                timeout=_timeout(request.extensions.get("timeout", {})),
+                allow_redirects=False,
+            )
+        except aiohttp.ConnectionTimeoutError as e:
+            raise httpx2.ConnectTimeout(str(e), request=request) from e
+        except TimeoutError as e:
+            raise httpx2.ReadTimeout(str(e), request=request) from e
+        except aiohttp.ClientConnectorError as e:
+            raise httpx2.ConnectError(str(e), request=request) from e
+        except aiohttp.ClientError as e:
+            raise httpx2.RemoteProtocolError(str(e), request=request) from e
+        kept = [(key, value) for key, value in reply.headers.items() if key.lower() not in _DECODED]
+        return httpx2.Response(reply.status, headers=kept, stream=_Body(reply), request=request)
+
+
+def _timeout(limits: Mapping[str, float | None]) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, sock_connect=limits.get("connect"), sock_read=limits.get("read"))
+
+
+def make_openai_client(name: str, config: ModelConfig, session: aiohttp.ClientSession) -> AsyncOpenAI:
+    """The official client for one configured model. It does not retry: the caller's policy is one, not two.
+
+    Args:
+        name: the model's key, for an endpoint that demands no key of its own.
+        config: address, key, deadlines.
+        session: carries the requests; stays open when the client is closed.
+    """
+    timeout = httpx2.Timeout(config.call_limit_s, connect=config.connect_limit_s, read=config.read_limit_s)
+    return AsyncOpenAI(
+        base_url=config.base_url,
+        api_key=config.api_key or f"none-for-{name}",
+        max_retries=0,
+        timeout=timeout,
+        default_headers=config.headers,
+        http_client=httpx2.AsyncClient(transport=AiohttpTransport(session), timeout=timeout),
+    )

@@ -1,0 +1,337 @@
+"""The HTTP model client against real servers that behave badly."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import web
+
+from gym_bus.errors import (
+    ContextTooLong,
+    ModelError,
+    ModelTimeout,
+    ModelUnreachable,
+    RateLimited,
+    RequestRefused,
+    TaskError,
+    UsageError,
+)
+from gym_bus.messages import RolloutId
+from gym_bus.models.api import CallInfo, Reply
+from gym_bus.models.registry import Models
+from gym_bus.models.serve import make_app, serve
+from gym_bus.models.simulated import SimulatedModel
+from gym_bus.server import free_port
+from gym_bus.settings import Distribution, ModelConfig, RetryConfig, SimulatedConfig
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+RETRY = RetryConfig(unreachable=1, rate_limited=2, server_error=2, timeout=0, wait_s=0.01, max_wait_s=0.05)
+INFO = CallInfo(rollout=RolloutId("job", 3, 1), number=2)
+KEY = "sk-very-secret"
+GOOD = {"id": "r", "object": "response", "output": [{"type": "message", "role": "assistant", "content": []}]}
+
+
+class Endpoint:
+    """A server that answers in turn what the test says, and remembers what it was asked."""
+
+    def __init__(self, *answers: Answer) -> None:
+        self._answers = list(answers)
+        self.asked: list[web.Request] = []
+        self.bodies: list[dict[str, Any]] = []
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(request)
+        self.bodies.append(msgspec.json.decode(await request.read()))
+        answer = self._answers[min(len(self.asked), len(self._answers)) - 1]
+        return await answer(request)
+
+
+def says(value: Any, status: int = 200, **headers: str) -> Answer:
+    async def answer(request: web.Request) -> web.Response:
+        body = value if isinstance(value, bytes) else msgspec.json.encode(value)
+        return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+
+    return answer
+
+
+@asynccontextmanager
+async def asking(endpoint: Endpoint, **config: Any) -> AsyncIterator[Callable[..., Awaitable[Reply]]]:
+    app = web.Application()
+    app.router.add_post("/v1/{tail:.*}", endpoint)
+    runner, port = await serve(app, "127.0.0.1", 0)
+    settings = {"retry": RETRY, "api_key": KEY, "base_url": f"http://127.0.0.1:{port}/v1", **config}
+    models = Models({"m": ModelConfig(**settings)})
+
+    async def ask(params: dict[str, Any] | None = None, info: CallInfo = INFO) -> Reply:
+        return await asyncio.wait_for(models.get("m").respond(params or {"input": "hi"}, info), 10)
+
+    try:
+        yield ask
+    finally:
+        await models.close()
+        await runner.shutdown()
+        await runner.cleanup()
+
+
+async def test_the_reply_comes_back_as_the_bytes_it_was() -> None:
+    body = msgspec.json.encode({**GOOD, "usage": {"input_tokens": 2, "output_tokens": 3, "total_tokens": 5}})
+    endpoint = Endpoint(says(body))
+    async with asking(endpoint, model="real-name", sampling={"temperature": 0.5}) as ask:
+        reply = await ask({"input": "hi", "temperature": 1.0})
+    assert reply.body == body
+    assert (reply.usage.total_tokens, reply.usage.cached_tokens, reply.tries) == (5, None, 1)
+    assert endpoint.bodies == [{"input": "hi", "temperature": 0.5, "model": "real-name"}]
+    headers = endpoint.asked[0].headers
+    assert headers["Authorization"] == f"Bearer {KEY}"
+    assert headers["X-Gym-Rollout"] == "job/3/1/2"
+
+
+async def test_what_metadata_carries_for_the_request_leaves_the_metadata() -> None:
+    endpoint = Endpoint(says(GOOD))
+    metadata = {"extra_body": '{"seed": 7}', "chat_template_kwargs": '{"thinking": true}', "mine": "stays"}
+    async with asking(endpoint) as ask:
+        await ask({"input": "hi", "metadata": metadata})
+        await ask({"input": "hi", "metadata": {"extra_body": '{"seed": 8}'}})
+        with pytest.raises(TaskError, match="metadata"):
+            await ask({"input": "hi", "metadata": {"extra_body": "[1"}})
+    assert endpoint.bodies[0]["seed"] == 7
+    assert endpoint.bodies[0]["chat_template_kwargs"] == {"thinking": True}
+    assert endpoint.bodies[0]["metadata"] == {"mine": "stays"}
+    assert "metadata" not in endpoint.bodies[1]
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [
+        (400, RequestRefused, "no such thing"),
+        (401, RequestRefused, "no such thing"),
+        (404, RequestRefused, "no such thing"),
+        (429, RateLimited, "no such thing"),
+        (500, ModelError, "no such thing"),
+        (503, ModelError, "no such thing"),
+        (504, ModelTimeout, "no such thing"),
+        (302, ModelError, "no such thing"),
+    ],
+)
+async def test_every_status_has_its_class_and_the_endpoints_own_words(
+    status: int, error: type[ModelError], words: str
+) -> None:
+    endpoint = Endpoint(says({"error": {"message": f"no such thing, {KEY}"}}, status))
+    async with asking(endpoint) as ask:
+        with pytest.raises(error) as e:
+            await ask()
+    assert type(e.value) is error
+    assert words in str(e.value)
+    assert KEY not in str(e.value)
+
+
+async def test_a_context_that_is_too_long_is_told_apart() -> None:
+    error = {"error": {"message": "This model's maximum context length is 4096 tokens"}}
+    endpoint = Endpoint(says(error, 400))
+    async with asking(endpoint) as ask:
+        with pytest.raises(ContextTooLong):
+            await ask()
+    assert len(endpoint.asked) == 1
+
+
+@pytest.mark.parametrize("retry_after", ["0.01", "Wed, 21 Oct 2015 07:28:00 GMT", "soon", ""])
+async def test_rate_limits_are_waited_for(retry_after: str) -> None:
+    limited = says({"error": {"message": "slow down"}}, 429, **{"Retry-After": retry_after})
+    endpoint = Endpoint(limited, limited, says(GOOD))
+    async with asking(endpoint) as ask:
+        assert (await ask()).tries == 3
+
+
+async def test_the_endpoints_retry_after_is_honoured() -> None:
+    endpoint = Endpoint(says({}, 429, **{"Retry-After": "0.3"}), says(GOOD))
+    async with asking(endpoint, retry=RetryConfig(wait_s=0.001)) as ask:
+        started = time.monotonic()
+        await ask()
+    assert time.monotonic() - started >= 0.3
+
+
+async def test_server_errors_are_retried_so_often_and_no_more() -> None:
+    endpoint = Endpoint(says({"error": "boom"}, 500))
+    async with asking(endpoint) as ask:
+        with pytest.raises(ModelError, match="boom"):
+            await ask()
+    assert len(endpoint.asked) == 1 + RETRY.server_error
+
+
+async def test_a_refused_request_is_not_repeated() -> None:
+    endpoint = Endpoint(says({"error": "bad"}, 400))
+    async with asking(endpoint) as ask:
+        with pytest.raises(RequestRefused):
+            await ask()
+    assert len(endpoint.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"<html>busy</html>", b'{"output": 3}', b'{"id": "x"}', b'{"output": [', b"[]", b"\xff\xfe", b"null"],
+)
+@pytest.mark.parametrize("api", ["responses", "chat"])
+async def test_a_reply_that_is_none_is_an_error_and_tried_again(body: bytes, api: str) -> None:
+    good = GOOD if api == "responses" else {"choices": [{"message": {"content": "x"}}]}
+    endpoint = Endpoint(says(body), says(good))
+    async with asking(endpoint, api=api) as ask:
+        assert (await ask()).tries == 2
+
+
+@pytest.mark.parametrize("api", ["responses", "chat"])
+async def test_an_error_inside_a_200_is_an_error(api: str) -> None:
+    endpoint = Endpoint(says({"error": {"message": "overloaded"}}))
+    async with asking(endpoint, api=api) as ask:
+        with pytest.raises(ModelError, match="overloaded"):
+            await ask()
+
+
+async def test_half_a_body_is_an_error() -> None:
+    async def half(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse(headers={"Content-Length": "1000"})
+        await reply.prepare(request)
+        await reply.write(b'{"output": [')
+        assert request.transport
+        request.transport.close()
+        return reply
+
+    async with asking(Endpoint(half)) as ask:
+        with pytest.raises(ModelError):
+            await ask()
+
+
+@pytest.mark.parametrize("headers_first", [True, False])
+async def test_an_endpoint_that_hangs_is_left_at_the_deadline(headers_first: bool) -> None:
+    async def hang(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse()
+        if headers_first:
+            await reply.prepare(request)
+        await asyncio.sleep(30)
+        return reply
+
+    async with asking(Endpoint(hang), call_limit_s=0.2) as ask:
+        with pytest.raises(ModelTimeout, match=r"within 0\.2 s"):
+            await ask()
+
+
+async def test_a_slow_drip_does_not_outlive_the_rollout() -> None:
+    async def drip(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse()
+        await reply.prepare(request)
+        for _ in range(1000):
+            await reply.write(b" ")
+            await asyncio.sleep(0.02)
+        return reply
+
+    async with asking(Endpoint(drip)) as ask:
+        started = time.monotonic()
+        with pytest.raises(ModelTimeout):
+            await ask(info=CallInfo(rollout=RolloutId("job", 0, 0), limit_s=0.2))
+    assert time.monotonic() - started < 2
+
+
+async def test_silence_within_a_body_is_a_timeout() -> None:
+    async def silent(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse()
+        await reply.prepare(request)
+        await reply.write(b"{")
+        await asyncio.sleep(30)
+        return reply
+
+    async with asking(Endpoint(silent), read_limit_s=0.2) as ask:
+        with pytest.raises(ModelTimeout):
+            await ask()
+
+
+async def test_a_refused_connection_names_the_address() -> None:
+    port = free_port()
+    async with asking(Endpoint(says(GOOD)), base_url=f"http://127.0.0.1:{port}/v1") as ask:
+        with pytest.raises(ModelUnreachable, match=str(port)):
+            await ask()
+
+
+async def test_an_unknown_host_and_a_bad_address_are_named() -> None:
+    async with asking(Endpoint(says(GOOD)), base_url="http://no-such-host.invalid/v1") as ask:
+        with pytest.raises(ModelUnreachable, match="no-such-host"):
+            await ask()
+
+
+async def test_token_arrays_travel_packed_and_leave_the_body() -> None:
+    item = {
+        **GOOD["output"][0],  # type: ignore[dict-item]
+        "prompt_token_ids": [1, 2],
+        "generation_token_ids": [3, 4, 5],
+        "generation_log_probs": [-0.5, -1.0, -2.0],
+    }
+    endpoint = Endpoint(says({**GOOD, "output": [item]}))
+    async with asking(endpoint, return_tokens=True) as ask:
+        reply = await ask()
+    assert reply.call
+    assert list(array("I", reply.call.token_ids)) == [3, 4, 5]
+    assert list(array("I", reply.call.prompt_token_ids)) == [1, 2]
+    assert list(array("f", reply.call.logprobs)) == [-0.5, -1.0, -2.0]
+    assert b"token_ids" not in reply.body
+
+
+async def test_chat_tokens_are_read_as_vllm_writes_them() -> None:
+    content = [{"token": "token_id:11", "logprob": -0.25}, {"token": "token_id:12", "logprob": -0.5}]
+    choice = {"message": {"content": "x"}, "logprobs": {"content": content}}
+    endpoint = Endpoint(says({"choices": [choice], "prompt_token_ids": [9]}))
+    async with asking(endpoint, api="chat", return_tokens=True) as ask:
+        reply = await ask()
+    assert reply.call
+    assert list(array("I", reply.call.token_ids)) == [11, 12]
+    assert endpoint.bodies[0]["return_tokens_as_token_ids"] is True
+
+
+async def test_an_unknown_model_is_suggested() -> None:
+    with pytest.raises(UsageError, match="did you mean 'policy'"):
+        Models({"policy": ModelConfig(base_url="http://x")}).get("polcy")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_official_client_runs_over_our_connections(stream: bool) -> None:
+    async def chunks(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await reply.prepare(request)
+        for text in ("a", "b"):
+            delta = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": "m"}
+            choices = [{"index": 0, "delta": {"content": text}}]
+            await reply.write(b"data: " + msgspec.json.encode({**delta, "choices": choices}) + b"\n\n")
+        await reply.write(b"data: [DONE]\n\n")
+        return reply
+
+    app = (
+        make_app(SimulatedModel(SimulatedConfig(output_tokens=Distribution(mean=4), text="end")))
+        if not stream
+        else web.Application()
+    )
+    if stream:
+        app.router.add_post("/v1/chat/completions", chunks)
+    runner, port = await serve(app, "127.0.0.1", 0)
+    models = Models({"m": ModelConfig(base_url=f"http://127.0.0.1:{port}/v1")})
+    try:
+        client = models.client("m")
+        messages: Any = [{"role": "user", "content": "hi"}]
+        if stream:
+            found = [
+                chunk.choices[0].delta.content
+                async for chunk in await client.chat.completions.create(model="m", messages=messages, stream=True)
+            ]
+            assert found == ["a", "b"]
+        else:
+            chat = await client.chat.completions.create(model="m", messages=messages)
+            assert (chat.choices[0].message.content or "").endswith("end")
+            response = await client.responses.create(model="m", input="hi")
+            assert response.output_text.endswith("end")
+    finally:
+        await models.close()
+        await runner.cleanup()
