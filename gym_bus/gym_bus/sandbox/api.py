@@ -44,6 +44,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Of any single file."""
 
 
+DEFAULT_LIMITS = Limits()
+
+
 class Program(msgspec.Struct, frozen=True, kw_only=True):
     """What to run."""
 
@@ -77,7 +80,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 class Sandbox(Protocol):
     """One place where one program runs at a time, isolated from the host and from every other program."""
 
-    async def run(self, program: Program, stdin: bytes = b"", limits: Limits = Limits()) -> Outcome:
+    async def run(self, program: Program, stdin: bytes = b"", limits: Limits = DEFAULT_LIMITS) -> Outcome:
         """Run `program` once.
 
         Raises:
@@ -89,7 +92,7 @@ class Sandbox(Protocol):
         self,
         program: Program,
         stdins: Sequence[bytes],
-        limits: Limits = Limits(),
+        limits: Limits = DEFAULT_LIMITS,
         *,
         go_on: Callable[[int, Outcome], bool] | None = None,
     ) -> list[Outcome]:
@@ -100,7 +103,9 @@ class Sandbox(Protocol):
         """
         ...
 
-    async def run_pair(self, solution: Program, tester: Program, limits: Limits = Limits()) -> tuple[Outcome, Outcome]:
+    async def run_pair(
+        self, solution: Program, tester: Program, limits: Limits = DEFAULT_LIMITS
+    ) -> tuple[Outcome, Outcome]:
         """Run the tester's and the solution's programs in two separate sandboxes joined by one stream socket.
 
         The tester finds its end as file descriptor 3, the solution finds its own as file descriptor 3. Neither can

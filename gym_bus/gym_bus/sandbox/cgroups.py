@@ -1,0 +1,89 @@
+"""A memory bound for a whole tree of processes, where this process may make cgroups (version 2 or 1)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from pathlib import Path
+
+_ROOT = Path("/sys/fs/cgroup")
+_numbers = itertools.count()
+
+HEADROOM_BYTES = 48 * 2**20
+"""For the zygote itself, which lives in the same group as its programs."""
+
+
+class MemoryGroup:
+    """One cgroup with a memory limit."""
+
+    def __init__(self, folder: Path, version: int) -> None:
+        self._folder, self._version = folder, version
+        self._limit = 0
+
+    @classmethod
+    def create(cls) -> MemoryGroup | None:
+        """A new group; None where the kernel or the container does not let us have one."""
+        for parent, version in ((_own_v2(), 2), (_ROOT / "memory", 1)):
+            if parent is None or not parent.is_dir():
+                continue
+            folder = parent / f"gym-bus-{os.getpid()}-{next(_numbers)}"
+            try:
+                folder.mkdir()
+            except OSError:
+                continue
+            made = cls(folder, version)
+            try:
+                made.limit(2**30)
+                return made
+            except OSError:
+                made.remove()
+        return None
+
+    def _write(self, name: str, value: int) -> None:
+        (self._folder / name).write_text(str(value))
+
+    def add(self, pid: int) -> None:
+        """Put a process into the group; what it starts is born there."""
+        self._write("cgroup.procs", pid)
+
+    def limit(self, size_bytes: int) -> None:
+        """Bound the group's memory, swap included where the kernel counts it."""
+        if size_bytes == self._limit:
+            return
+        if self._version == 2:
+            self._write("memory.max", size_bytes)
+            with contextlib.suppress(OSError):
+                self._write("memory.swap.max", 0)
+        else:
+            with contextlib.suppress(OSError):  # the sum with swap may not be below the limit: raise it first
+                self._write("memory.memsw.limit_in_bytes", max(size_bytes, self._limit))
+            self._write("memory.limit_in_bytes", size_bytes)
+            with contextlib.suppress(OSError):
+                self._write("memory.memsw.limit_in_bytes", size_bytes)
+        self._limit = size_bytes
+
+    def kills(self) -> int:
+        """How many processes the kernel has killed for want of memory."""
+        name = "memory.events" if self._version == 2 else "memory.oom_control"
+        with contextlib.suppress(OSError):
+            for line in (self._folder / name).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+        return 0
+
+    def remove(self) -> None:
+        """Delete the group; it must be empty."""
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+
+
+def _own_v2() -> Path | None:
+    """The version 2 group that this process may make groups in: its own, where the memory controller is handed down."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::"):
+                folder = _ROOT / line[3:].strip().lstrip("/")
+                controllers = (folder / "cgroup.subtree_control").read_text().split()
+                return folder if "memory" in controllers else None
+    return None

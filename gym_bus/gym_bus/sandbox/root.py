@@ -1,0 +1,102 @@
+"""The file tree that programs see: the interpreter, shared libraries, four devices and a private scratch folder.
+
+Standard library only: runs in the zygote, before it locks itself in.
+"""
+
+from __future__ import annotations
+
+import os
+
+from gym_bus.sandbox import syscalls
+
+DEVICES = ("null", "zero", "full", "random", "urandom")
+SCRATCH = "/tmp"
+_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+_READ_ONLY = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID
+
+
+def open_sources(interpreter: str) -> dict[str, int]:
+    """Descriptors of everything that will be bound in, by its path inside.
+
+    Opened within the new mount namespace, whose mounts alone can be bound, and before the change of user: the new
+    one may not reach them by path (a home folder is closed to it), and a new mount may hide them.
+    """
+    wanted = [interpreter, *_LIBRARIES, *(f"/dev/{name}" for name in DEVICES)]
+    return {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in wanted if os.path.exists(path)}
+
+
+def build(sources: dict[str, int], links: dict[str, str], disk_bytes: int) -> None:
+    """Make the tree in a fresh mount namespace and move into it.
+
+    Args:
+        sources: as `open_sources` gives them.
+        links: symbolic links of the host's root that the interpreter's libraries need, such as `/lib` to `usr/lib`.
+        disk_bytes: size of the scratch folder.
+    """
+    syscalls.mount("none", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
+    base = "/tmp"  # any folder that exists on every host; what lies in it is hidden, not touched
+    syscalls.mount("gymroot", base, "tmpfs", syscalls.MS_NOSUID, "size=1m,mode=755")
+    for path, target in links.items():
+        os.symlink(target, base + path)
+    for path, fd in sorted(sources.items()):
+        if path not in links:
+            _bind(fd, base + path)
+    scratch = base + SCRATCH
+    os.makedirs(scratch, exist_ok=True)
+    syscalls.mount(
+        "scratch",
+        scratch,
+        "tmpfs",
+        syscalls.MS_NOSUID | syscalls.MS_NODEV,
+        f"size={disk_bytes},nr_inodes=4096,mode=1777",
+    )
+    old = base + "/.old"
+    os.mkdir(old)
+    os.chdir(base)
+    syscalls.pivot_root(".", ".old")
+    os.chdir("/")
+    syscalls.unmount("/.old")
+    os.rmdir("/.old")
+    syscalls.mount_setattr("/", _READ_ONLY, recursive=False)
+
+
+def _bind(fd: int, target: str) -> None:
+    source = f"/proc/self/fd/{fd}"
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
+    syscalls.mount(source, target, "", syscalls.MS_BIND | syscalls.MS_REC)
+    device = target.rpartition("/")[0].endswith("/dev")
+    attributes = syscalls.MOUNT_ATTR_NOSUID if device else _READ_ONLY | syscalls.MOUNT_ATTR_NODEV
+    syscalls.mount_setattr(target, attributes, recursive=True)
+
+
+def host_links() -> dict[str, str]:
+    """The host's top-level links into /usr, as merged-usr systems have them."""
+    return {path: os.readlink(path) for path in ("/lib", "/lib64") if os.path.islink(path)}
+
+
+def clean_scratch() -> bool:
+    """Empty the scratch folder; False where something resists, and the zygote must not be used again."""
+    try:
+        entries = os.listdir(SCRATCH)
+        if entries:
+            _remove_all(os.open(SCRATCH, os.O_RDONLY | os.O_DIRECTORY))
+        return not entries or not os.listdir(SCRATCH)
+    except OSError:
+        return False
+
+
+def _remove_all(folder: int) -> None:
+    """Remove everything below an open folder, never following a link."""
+    try:
+        for name in os.listdir(folder):
+            try:
+                os.unlink(name, dir_fd=folder)
+            except (IsADirectoryError, PermissionError):
+                _remove_all(os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder))
+                os.rmdir(name, dir_fd=folder)
+    finally:
+        os.close(folder)
