@@ -6,6 +6,7 @@ import array
 import asyncio
 import contextlib
 import fcntl
+import importlib.util
 import itertools
 import json
 import os
@@ -43,8 +44,8 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[3]); from gym_bus.sandbox.zygot
 class Zygote:
     """The process of a slot, from the owner's side."""
 
-    def __init__(self, preload: str) -> None:
-        self._preload = preload
+    def __init__(self, preload: str, modules: Sequence[str]) -> None:
+        self._preload, self._modules = preload, tuple(modules)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._group: MemoryGroup | None = None
@@ -68,7 +69,7 @@ class Zygote:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._group = MemoryGroup.create()
         try:
-            self._process = _launch(theirs, self._preload, forks=self._group is not None)
+            self._process = _launch(theirs, self._preload, self._modules, forks=self._group is not None)
         finally:
             theirs.close()
         ours.setblocking(False)
@@ -162,14 +163,15 @@ class Zygote:
             await asyncio.sleep(0.02)
 
 
-def _launch(control: socket.socket, preload: str, *, forks: bool) -> subprocess.Popen[bytes]:
+def _launch(control: socket.socket, preload: str, modules: Sequence[str], *, forks: bool) -> subprocess.Popen[bytes]:
     here = Path(__file__).resolve()
     source_root = str(here.parents[2])
     interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     config = {
         "interpreter": sys.base_prefix,
         "preload": preload,
-        "hidden_paths": [source_root],
+        "modules": list(modules),
+        "module_paths": sorted({_root_of(name) for name in modules}),
         "disk_bytes": SCRATCH_BYTES,
         "forks": forks,
     }
@@ -187,8 +189,16 @@ def _launch(control: socket.socket, preload: str, *, forks: bool) -> subprocess.
     )
 
 
+def _root_of(module: str) -> str:
+    """The folder of `sys.path` that a module comes from."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise SandboxError(f"no module {module!r} to load into the sandbox")
+    return str(Path(spec.origin).resolve().parents[module.count(".")])
+
+
 def _map_ids(pid: int) -> bool:
-    """Give the user namespace its ids. True where programs get one of their own, False where all share ours."""
+    """Give the namespace its user ids. True where programs get one of their own, False where all share ours."""
     if os.geteuid() == 0:
         first = _FIRST_ID + (os.getpid() * 64 + next(_numbers)) * _IDS_PER_SLOT % _IDS
         try:
@@ -206,8 +216,8 @@ def _map_ids(pid: int) -> bool:
 def _advice() -> str:
     return (
         "the kernel must allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces "
-        "> 0, and on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0); in a container, seccomp and AppArmor profiles "
-        "must allow unshare and mount"
+        "> 0, and on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0); in a container, its seccomp and AppArmor "
+        "profiles must allow unshare and mount"
     )
 
 
@@ -266,23 +276,24 @@ class _Capture:
 class Slot:
     """One place to run programs, isolated from the host and from each other; implements `Sandbox`."""
 
-    def __init__(self, preload: str = zygote.PRELOAD) -> None:
-        self._preload = preload
-        self._zygote = Zygote(preload)
+    def __init__(self, preload: str = zygote.PRELOAD, modules: Sequence[str] = ()) -> None:
+        self._preload, self._modules = preload, tuple(modules)
+        self._zygote = Zygote(preload, modules)
         self._partner: Zygote | None = None
         self._lock = asyncio.Lock()
 
     @classmethod
-    async def start(cls, preload: str = zygote.PRELOAD) -> Slot:
+    async def start(cls, preload: str = zygote.PRELOAD, modules: Sequence[str] = ()) -> Slot:
         """A slot that is ready.
 
         Args:
-            preload: modules to have imported before any program, space-separated.
+            preload: modules of the standard library to have imported before any program, space-separated.
+            modules: modules of the caller's that programs may import; they may use the standard library only.
 
         Raises:
             SandboxError: this machine does not give the isolation; the message says what would.
         """
-        slot = cls(preload)
+        slot = cls(preload, modules)
         await slot._ready(slot._zygote)
         await slot._self_test()
         return slot
@@ -328,7 +339,7 @@ class Slot:
         """Run two programs that can only talk; see `Sandbox.run_pair`."""
         async with self._lock:
             if self._partner is None:
-                self._partner = Zygote(self._preload)
+                self._partner = Zygote(self._preload, self._modules)
             first, second = await self._ready(self._zygote), await self._ready(self._partner)
             a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             outcomes = await asyncio.gather(

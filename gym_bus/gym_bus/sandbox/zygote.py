@@ -52,7 +52,11 @@ def main() -> NoReturn:
     config = json.loads(sys.argv[2])
     try:
         _preload(config["preload"])
-        sys.path[:] = [path for path in sys.path if path not in config["hidden_paths"]]
+        sys.path[:0] = config["module_paths"]
+        for name in config["modules"]:
+            __import__(name)
+        hidden = {*config["module_paths"], sys.argv[3]}
+        sys.path[:] = [path for path in sys.path if path not in hidden]
         links = root.host_links()
         syscalls.unshare(_NAMESPACES)
         sources = root.open_sources(config["interpreter"])
@@ -65,7 +69,7 @@ def main() -> NoReturn:
         for fd in sources.values():
             os.close(fd)
         zygote = os.fork()
-    except OSError as e:
+    except (OSError, ImportError) as e:
         _say(control, {"error": str(e)})
         os._exit(1)
     if zygote:

@@ -15,6 +15,8 @@ from gym_bus.verifiers.base import AnyVerifier, Placement, SandboxedVerifier, Ta
 from gym_bus.verifiers.registry import VERIFIERS
 
 CACHED = 64
+SANDBOX_MODULES = ("gym_bus.verifiers.solution_side", "gym_bus.verifiers.tester_side", "gym_bus.verifiers.call_side")
+"""What the harnesses of code verifiers are made of; loaded before the first program, so they cost nothing per check."""
 
 _object = msgspec.json.Decoder(dict[str, Any])
 
@@ -132,7 +134,7 @@ class VerifierRunner:
         if self._slot is None:
             from gym_bus.sandbox.slot import Slot
 
-            self._slot = await Slot.start()
+            self._slot = await Slot.start(modules=SANDBOX_MODULES)
         return self._slot
 
     def _run(self, work: Any) -> Any:

@@ -1,0 +1,41 @@
+"""Code out of an answer: the extraction rules of EvalPlus and of NeMo Gym's `code_gen`."""
+
+from __future__ import annotations
+
+import re
+
+
+def last_block(text: str) -> str | None:
+    """The last fenced block: behind the last "```python", else behind the last opening fence; EvalPlus's rule.
+
+    Returns the text itself where it has no fence at all (a raw completion), None where the block does not close.
+    Leading blanks of a raw completion are kept: it may be a function's body.
+    """
+    text = text.replace("\r", "")
+    if "```" not in text:
+        return text if text.strip() else None
+    start = text.rfind("```python")
+    if start < 0:
+        fences = [found.start() for found in re.finditer("```", text)]
+        if len(fences) < 2:
+            return None
+        start = fences[-2] if len(fences) % 2 == 0 else fences[-3]
+    body, closing, _ = text[start + 3 :].partition("```")
+    if not closing:
+        return None
+    code = body.partition("\n")[2]
+    return code if code.strip() else None
+
+
+def between_last_fences(text: str) -> str | None:
+    """The lines strictly between the last two lines that contain "```": `code_gen`'s rule; None without two such."""
+    lines = text.split("\n")
+    fences = [number for number, line in enumerate(lines) if "```" in line]
+    if len(fences) < 2:
+        return None
+    return "\n".join(lines[fences[-2] + 1 : fences[-1]])
+
+
+def defines(code: str, name: str) -> bool:
+    """Whether the code defines a function of that name at its top level."""
+    return re.search(rf"(?m)^(?:async\s+)?def\s+{re.escape(name)}\s*\(", code) is not None

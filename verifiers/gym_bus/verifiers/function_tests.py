@@ -1,0 +1,183 @@
+"""HumanEval and MBPP: a solution's functions against asserts, solution and tests in sandboxes of their own.
+
+Calls cross between the two as data, so the expected values and the verdict are out of the solution's reach.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from msgspec import Meta
+
+from gym_bus.errors import SandboxError, TaskError
+from gym_bus.messages import Verdict
+from gym_bus.sandbox.api import Ended, Limits, Outcome, Program, Sandbox
+from gym_bus.verifiers.base import Placement, Task
+from gym_bus.verifiers.code_text import defines, last_block
+from gym_bus.verifiers.options import read_options
+from gym_bus.verifiers.text import output_text, without_think
+
+_DEFINED = re.compile(r"(?m)^def\s+(\w+)")
+
+REASONS = {
+    Ended.WALL_LIMIT: "timeout",
+    Ended.CPU_LIMIT: "timeout",
+    Ended.MEMORY: "memory",
+    Ended.OUTPUT_LIMIT: "output_limit",
+    Ended.COMPILE_ERROR: "compile_error",
+    Ended.SIGNALLED: "runtime_error",
+    Ended.FINISHED: "runtime_error",
+}
+"""What to call the end of a solution that the tests did not see through."""
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job may set."""
+
+    cpu_s: Annotated[float, Meta(gt=0, le=600)] = 10.0
+    """CPU seconds of all the tests of one solution together."""
+    memory_bytes: Annotated[int, Meta(ge=32 * 2**20)] = 512 * 2**20
+
+
+class _Report(msgspec.Struct, frozen=True):
+    nonce: str
+    reason: str
+    detail: str
+    tests: list[dict[str, Any]]
+
+
+class Tests(msgspec.Struct, frozen=True):
+    """What the tester runs."""
+
+    setup: str
+    each: list[str]
+    entry_point: str = ""
+    """The function that the tests call `candidate`; empty where they call the solution's names."""
+    names: tuple[str, ...] = ()
+    """Names that the task asks for, even where they are built-in ones."""
+
+
+class _FunctionTests:
+    placement: ClassVar[Placement] = Placement.SANDBOXED
+    name: ClassVar[str]
+
+    def __init__(self, **options: Any) -> None:
+        o = read_options(Options, self.name, options)
+        wall_s = max(2 * o.cpu_s, o.cpu_s + 2)
+        self._limits = Limits(wall_s=wall_s, cpu_s=o.cpu_s, memory_bytes=o.memory_bytes)
+
+    def solution(self, row: dict[str, Any], code: str) -> str:
+        """The whole solution for what the model wrote."""
+        raise NotImplementedError
+
+    def tests(self, row: dict[str, Any]) -> Tests:
+        """The task's tests; trusted."""
+        raise NotImplementedError
+
+    async def verify(self, task: Task, sandbox: Sandbox) -> Verdict:
+        """Score one answer; see `SandboxedVerifier.verify`."""
+        tests = self.tests(task.row)
+        code = last_block(without_think(output_text(task.response)))
+        if code is None or not code.strip():
+            return _verdict(None, "no_code", [])
+        nonce = secrets.token_hex(8)
+        solution = self.solution(task.row, code)
+        first, second = await sandbox.run_pair(
+            _program("solution_side", repr(solution)),
+            _program(
+                "tester_side", f"{tests.setup!r}, {tests.each!r}, {nonce!r}, {tests.entry_point!r}, {tests.names!r}"
+            ),
+            self._limits,
+        )
+        report = _read_report(second, nonce)
+        if report is not None and report.reason == "task_broken":
+            raise TaskError(f"the task's tests are broken: {report.detail}")
+        return _judge(code, report, first, second, len(tests.each))
+
+
+def _program(module: str, arguments: str) -> Program:
+    text = f"from gym_bus.verifiers.{module} import main\nmain({arguments})\n"
+    return Program(source=text.encode("utf-8", "surrogatepass" if "\\ud" not in text else "strict"))
+
+
+def _read_report(tester: Outcome, nonce: str) -> _Report | None:
+    last = tester.stdout.rstrip(b"\n").rpartition(b"\n")[2]
+    try:
+        report = msgspec.json.decode(last, type=_Report)
+    except msgspec.DecodeError:
+        return None
+    return report if tester.ok and report.nonce == nonce else None
+
+
+def _judge(code: str, report: _Report | None, solution: Outcome, tester: Outcome, count: int) -> Verdict:
+    if report is None:
+        if tester.ended in (Ended.WALL_LIMIT, Ended.CPU_LIMIT, Ended.MEMORY, Ended.OUTPUT_LIMIT):
+            return _verdict(code, REASONS[tester.ended], [])
+        said = (tester.stderr[-300:] or tester.stdout[-300:]).decode(errors="replace")
+        raise SandboxError(f"the tests ended without a report ({tester.ended.value}): {said}")
+    failed = next((test for test in report.tests if not test.get("passed")), None)
+    if report.reason or failed is None:
+        reason = report.reason or ("none" if len(report.tests) == count else "runtime_error")
+        detail = report.detail
+    else:
+        reason, detail = str(failed["reason"]), str(failed.get("detail", ""))
+    if reason == "ended":
+        reason = REASONS.get(solution.ended, "runtime_error")
+    return _verdict(code, reason, report.tests, detail)
+
+
+def _verdict(code: str | None, reason: str, tests: list[dict[str, Any]], detail: str = "") -> Verdict:
+    extra: dict[str, Any] = {"extracted_model_code": code, "failure_reason": reason, "tests": tests}
+    if detail:
+        extra["failure_detail"] = detail
+    return Verdict(reward=1.0 if reason == "none" else 0.0, extra=extra)
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise TaskError(f"{key} must be a text, not {value!r}"[:200])
+    return value
+
+
+class HumanEval(_FunctionTests):
+    """Reward 1.0 when the completed function passes the task's `check`."""
+
+    name = "humaneval"
+    required: ClassVar[tuple[str, ...]] = ("prompt", "entry_point", "test")
+
+    def solution(self, row: dict[str, Any], code: str) -> str:
+        """A whole function stands behind the prompt's imports and helpers; a body completes the prompt."""
+        prompt, entry_point = _text(row, "prompt"), _text(row, "entry_point")
+        if code.startswith(prompt):
+            return code
+        if defines(code, entry_point):
+            return f"{prompt}\n    pass\n\n{code}"
+        return prompt + code
+
+    def tests(self, row: dict[str, Any]) -> Tests:
+        """The prompt's helpers are the tests' too."""
+        setup = f"{_text(row, 'prompt')}\n    pass\n"
+        return Tests(setup, [_text(row, "test") + "\ncheck(candidate)\n"], _text(row, "entry_point"))
+
+
+class Mbpp(_FunctionTests):
+    """Reward 1.0 when the function passes every assert of the task."""
+
+    name = "mbpp"
+    required: ClassVar[tuple[str, ...]] = ("test_list",)
+
+    def solution(self, row: dict[str, Any], code: str) -> str:
+        """As the model wrote it."""
+        return code
+
+    def tests(self, row: dict[str, Any]) -> Tests:
+        """Each assert is a test; one task asks for a function called `sum`, as its reference shows."""
+        tests = row.get("test_list")
+        if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
+            raise TaskError("test_list must be a list of asserts")
+        names = tuple(_DEFINED.findall(str(row.get("code") or "")))
+        return Tests(str(row.get("test_setup_code") or ""), [str(t) for t in tests], "", names)
