@@ -1,0 +1,1 @@
+"""Benchmarks: the catalogue, their data, and the rows that jobs run on."""

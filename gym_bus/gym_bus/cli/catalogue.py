@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from gym_bus.cli import common
+from gym_bus.config import Config
 
 KINDS = ("benchmarks", "agents", "verifiers", "models")
 
@@ -21,23 +22,30 @@ KINDS = ("benchmarks", "agents", "verifiers", "models")
 def command(kind: str, config_files: tuple[str, ...], as_json: bool, overrides: tuple[str, ...]) -> None:
     """List benchmarks, agents, verifiers or models."""
     config = common.settings(config_files, overrides)
-    rows = {
-        "benchmarks": lambda: _benchmarks(Path(config.data_dir)),
-        "agents": _agents,
-        "verifiers": _verifiers,
-        "models": lambda: [
-            {"name": name, "kind": model.kind, "api": model.api, "endpoint": model.base_url or model.file or ""}
-            for name, model in sorted(config.models.items())
-        ],
-    }[kind]()
+    rows = _rows(kind, config)
     if as_json:
         common.print_json(rows)
         return
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = sorted(dict.fromkeys(key for row in rows for key in row), key=lambda key: key == "description")
     shown = common.table(kind, *(column.replace("_", " ") for column in columns))
+    for column in shown.columns[:-1]:
+        column.no_wrap = True
     for row in rows:
         shown.add_row(*(_cell(row.get(column)) for column in columns))
     common.out.print(shown, soft_wrap=True)
+
+
+def _rows(kind: str, config: Config) -> list[dict[str, Any]]:
+    if kind == "benchmarks":
+        return _benchmarks(Path(config.data_dir))
+    if kind == "agents":
+        return _agents()
+    if kind == "verifiers":
+        return _verifiers()
+    return [
+        {"name": name, "kind": model.kind, "api": model.api, "endpoint": model.base_url or model.file or ""}
+        for name, model in sorted(config.models.items())
+    ]
 
 
 def _cell(value: Any) -> str:

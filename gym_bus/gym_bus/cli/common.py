@@ -20,7 +20,7 @@ from gym_bus.logs import configure_logs
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
-out = Console()
+out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
 
 ENV_FILE = Path("env.yaml")

@@ -36,9 +36,7 @@ def job_options(function: common.F) -> common.F:
         click.option("--replay", type=click.Path(path_type=Path), help="Recorded answers (JSONL) in place of a model."),
         click.option("--num-repeats", type=click.IntRange(1), help="Rollouts per task; default: the benchmark's own."),
         click.option("--limit", type=click.IntRange(1), help="Only the first so many tasks."),
-        click.option(
-            "--split", default="benchmark", show_default=True, help="The benchmark's dataset, by type or name."
-        ),
+        click.option("--split", help="The benchmark's dataset, by type or name; default: its main one."),
         click.option("--input", "input_file", type=click.Path(path_type=Path), help="Rows of this file instead."),
         click.option("--agent", metavar="NAME", help="Another agent than the benchmark's own."),
         click.option("--temperature", type=float, help="Sampling parameter of every request."),

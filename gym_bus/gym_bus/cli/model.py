@@ -23,7 +23,7 @@ def command() -> None:
 @click.option("--model", "name", metavar="NAME", help="A replay or simulated model of the configuration.")
 @click.option("--replay", type=click.Path(path_type=Path), help="Recorded answers (JSONL).")
 @click.option("--benchmark", help="Match requests to tasks of this benchmark by their prompt.")
-@click.option("--split", default="benchmark", show_default=True, help="The benchmark's dataset, by type or name.")
+@click.option("--split", help="The benchmark's dataset, by type or name; default: its main one.")
 @click.option("--input", "input_file", type=click.Path(path_type=Path), help="The tasks of this file instead.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
@@ -33,7 +33,7 @@ def serve(
     name: str | None,
     replay: Path | None,
     benchmark: str | None,
-    split: str,
+    split: str | None,
     input_file: Path | None,
     host: str,
     port: int,
@@ -52,13 +52,14 @@ def serve(
     common.run(_serve(config, key, prompts, host, port))
 
 
-def _prompts(config: Config, name: str, split: str, input_file: Path | None) -> dict[str, int]:
+def _prompts(config: Config, name: str, split: str | None, input_file: Path | None) -> dict[str, int]:
     from gym_bus.benchmarks.dataset import materialize
     from gym_bus.benchmarks.prepare import find_convert
     from gym_bus.benchmarks.spec import data_path, load_benchmark
-    from gym_bus.models.replay import prompt_of
+    from gym_bus.models.prompts import prompt_of
 
     benchmark = load_benchmark(name)
+    split = split or benchmark.main.name
     path = input_file or data_path(benchmark, Path(config.data_dir), split)
     convert = find_convert(benchmark, split) if input_file else None
     tasks = materialize(path, agent=benchmark.spec.agent.name, prompt=benchmark.spec.prompt, convert=convert)

@@ -37,8 +37,8 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """None for the benchmark's own."""
     limit: int | None = None
     """Tasks."""
-    split: str = "benchmark"
-    """Type or name of the benchmark's dataset."""
+    split: str | None = None
+    """Type or name of the benchmark's dataset; None for its main one."""
     input: Path | None = None
     """Rows of this file instead."""
     agent: str | None = None
@@ -60,6 +60,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     required: tuple[str, ...]
     model: ModelConfig
     config: Config
+    split: str
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +80,7 @@ def plan_job(wanted: Wanted, config: Config) -> Plan:
         UsageError: an unknown name, an option that does not fit, data that is not prepared; says what to do.
     """
     benchmark = load_benchmark(wanted.benchmark)
+    split = wanted.split or benchmark.main.name
     agent = wanted.agent or benchmark.spec.agent.name
     agent_options = (benchmark.spec.agent.options if agent == benchmark.spec.agent.name else {}) | dict(
         config.job.agent_options
@@ -96,8 +98,8 @@ def plan_job(wanted: Wanted, config: Config) -> Plan:
     return Plan(
         wanted=wanted,
         benchmark=benchmark,
-        data=_find_data(benchmark, wanted, Path(config.data_dir)),
-        repeats=wanted.num_repeats or benchmark.dataset(wanted.split).num_repeats,
+        data=_find_data(benchmark, wanted, split, Path(config.data_dir)),
+        repeats=wanted.num_repeats or benchmark.dataset(split).num_repeats,
         agent=agent,
         agent_options=agent_options,
         verifier=verifier,
@@ -106,6 +108,7 @@ def plan_job(wanted: Wanted, config: Config) -> Plan:
         required=tuple(VERIFIERS.load(verifier).required),
         model=config.models[wanted.model],
         config=config,
+        split=split,
     )
 
 
@@ -126,12 +129,12 @@ def check_verifier(name: str, options: dict[str, Any], config: Config) -> str:
     return service.digest(name, encoded)
 
 
-def _find_data(benchmark: Benchmark, wanted: Wanted, data_dir: Path) -> Path:
+def _find_data(benchmark: Benchmark, wanted: Wanted, split: str, data_dir: Path) -> Path:
     if wanted.input is not None:
         if not wanted.input.is_file():
             raise UsageError(f"--input {wanted.input}: no such file")
         return wanted.input
-    path = data_path(benchmark, data_dir, wanted.split)
+    path = data_path(benchmark, data_dir, split)
     if not path.is_file():
         name = benchmark.spec.name
         raise UsageError(
@@ -178,7 +181,7 @@ def _lines(plan: Plan) -> Iterator[tuple[int, int, bytes]]:
         required=plan.required,
         overrides=plan.config.job.sampling,
         limit=plan.wanted.limit,
-        convert=find_convert(plan.benchmark, plan.wanted.split) if plan.wanted.input else None,
+        convert=find_convert(plan.benchmark, plan.split) if plan.wanted.input else None,
     )
     for r in expand(tasks, plan.repeats, add_seed=plan.config.job.seed_per_repeat):
         yield r.task_index, r.rollout_index, materialized_line(r.row, r.task_index, r.rollout_index)

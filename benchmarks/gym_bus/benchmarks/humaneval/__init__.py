@@ -1,0 +1,1 @@
+"""HumanEval: write the body of a Python function from its signature and docstring."""

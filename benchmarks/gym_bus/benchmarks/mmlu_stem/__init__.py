@@ -1,0 +1,1 @@
+"""MMLU-STEM: multiple-choice questions of the eighteen STEM subjects of MMLU."""
