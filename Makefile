@@ -18,3 +18,41 @@ $(READY): requirements.lock pyproject.toml
 	touch $@
 
 setup: $(READY) ## create .venv with everything, pinned by requirements.lock
+
+DEMO := benchmarks/gym_bus/benchmarks
+demo: $(READY) ## run two benchmarks' example rows through the whole system, with recorded answers
+	$(BIN)/gym-bus eval run gsm8k --split example --num-repeats 4 \
+		--replay $(DEMO)/gsm8k/data/example_replay.jsonl --output runs/demo-gsm8k
+	$(BIN)/gym-bus eval run humaneval --split example --num-repeats 4 \
+		--replay $(DEMO)/humaneval/data/example_replay.jsonl --output runs/demo-humaneval
+
+TESTS ?= tests benchmarks
+test: $(READY) ## run all tests: real broker, real Ray, real sandbox, real HTTP
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile \
+		--cov=gym_bus.verifiers --cov=gym_bus.benchmarks --cov-report= $(TESTS)
+	$(BIN)/python -m coverage report --skip-covered --fail-under=95 \
+		--include='verifiers/*,benchmarks/*' --omit='*/tests/*'
+
+lint: $(READY) ## formatting, style, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	cd tests && ../$(BIN)/lint-imports --config ../pyproject.toml # beside the folder gym_bus, it would count every module twice
+
+types: $(READY) ## mypy, strict
+	$(BIN)/mypy gym_bus/gym_bus workers/gym_bus agents/gym_bus verifiers/gym_bus benchmarks/gym_bus
+
+check: lint types test ## what CI runs
+
+BENCH ?=
+bench: $(READY) ## measure rollouts per second, CPU per rollout and memory of the whole pipeline
+	$(BIN)/gym-bus bench $(BENCH)
+
+lock: ## pin the newest versions that pyproject.toml allows
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet uv
+	$(VENV)-lock/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+		--generate-hashes --no-header --no-annotate --no-emit-index-url --upgrade --output-file requirements.lock
+	rm -rf $(VENV)-lock
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) runs .gym_bus dist .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

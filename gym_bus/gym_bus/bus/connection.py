@@ -62,7 +62,10 @@ class Bus:
             for callback in list(holder[0].on_reconnect):
                 callback()
 
+        last_error: list[Exception] = []
+
         async def error(e: Exception) -> None:
+            last_error[:] = [e]
             log.info("bus_error", error=repr(e))
 
         options: dict[str, Any] = {"user_credentials": config.credentials} if config.credentials else {}
@@ -85,7 +88,8 @@ class Bus:
                 config.connect_limit_s,
             )
         except (TimeoutError, OSError, nats.errors.Error, ValueError) as e:
-            why = str(e) or type(e).__name__
+            cause = last_error[0] if last_error else e
+            why = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
             raise BusError(
                 f"cannot reach a NATS server at {redact(address)} within {config.connect_limit_s:g} s: {why}; "
                 "is it running, and is the address right?"

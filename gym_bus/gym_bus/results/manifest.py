@@ -36,7 +36,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     model_kind: str
     """openai, replay or simulated."""
     model_name: str
-    """The name the endpoint knows."""
+    """The name the endpoint knows; of a replay model, the file's."""
     verifier: str
     verifier_options: dict[str, Any] = {}
     verifier_digest: str = ""
@@ -73,11 +73,11 @@ _WORDS = {
     "agent_options": "agent options",
     "model": "model",
     "model_kind": "kind of model",
-    "model_name": "the endpoint's model",
+    "model_name": "the endpoint's model or file of recorded answers",
     "verifier": "verifier",
     "verifier_options": "verifier options",
     "verifier_digest": "verifier digest",
-    "config_digest": "digest of sampling parameters and limits",
+    "config_digest": "digest of model settings, recorded answers, sampling parameters and limits",
 }
 """What must not differ between two runs of one job; its id, its date and the version of gym_bus may."""
 

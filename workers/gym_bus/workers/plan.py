@@ -215,7 +215,7 @@ def _manifest(plan: Plan, dataset_digest: str, tasks: int) -> Manifest:
         agent_options=plan.agent_options,
         model=plan.wanted.model,
         model_kind=plan.model.kind,
-        model_name=plan.model.model or plan.wanted.model,
+        model_name=Path(plan.model.file).name if plan.model.file else plan.model.model or plan.wanted.model,
         verifier=plan.verifier,
         verifier_options=plan.verifier_options,
         verifier_digest=plan.verifier_digest,
