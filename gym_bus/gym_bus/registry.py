@@ -34,6 +34,10 @@ class Registry(Generic[T]):
         """Register `module:attribute` under `name` in this process."""
         self._paths[name] = path
 
+    def refresh(self) -> None:
+        """Look for installed packages again, at the next use."""
+        self._discovered = False
+
     def __contains__(self, name: str) -> bool:
         return name in self._discover()
 

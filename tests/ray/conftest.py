@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gym_bus.verifiers.registry import VERIFIERS
+
 _MODULE = '''
 import os, time
 from gym_bus.messages import Verdict
@@ -54,5 +56,6 @@ def scripted_verifier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: scripted-plugin\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[gym_bus.verifiers]\nscripted = scripted_plugin:Scripted\n")
     sys.path.insert(0, str(folder))
+    VERIFIERS.refresh()
     yield "scripted"
     sys.path.remove(str(folder))

@@ -94,7 +94,10 @@ def test_id_date_and_version_do_not_make_another_job() -> None:
         ({"dataset_digest": "3c4d" * 16}, "dataset digest: 1a2b3c4d.. in job.json, 3c4d3c4d.. now"),
         ({"num_repeats": 8}, "rollouts per task: 4 in job.json, 8 now"),
         ({"agent_options": {}}, 'agent options: {"max_steps":3} in job.json, {} now'),
-        ({"model_name": "org/large"}, "the endpoint's model: org/small-7b in job.json, org/large now"),
+        (
+            {"model_name": "org/large"},
+            "the endpoint's model or file of recorded answers: org/small-7b in job.json, org/large now",
+        ),
         ({"verifier_digest": "ab" * 32}, "verifier digest: none in job.json, abababab.. now"),
     ],
 )

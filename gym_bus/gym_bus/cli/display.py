@@ -25,6 +25,7 @@ from gym_bus.workers.plan import Job
 from gym_bus.workers.run import RunResult, Status
 
 if TYPE_CHECKING:
+    from gym_bus.workers.bench import Report
     from gym_bus.workers.reverify import Reverified
     from gym_bus.workers.run import Progress as RunProgress
 
@@ -247,3 +248,27 @@ def print_reverified(report: Reverified, wall_s: float) -> None:
     shown.add_row("throughput", f"{report.rollouts / max(wall_s, 1e-9):,.1f} rollouts/s over {wall_s:,.1f} s")
     shown.add_row("file", report.output)
     common.out.print(shown, soft_wrap=True)
+
+
+def print_bench(report: Report) -> None:
+    """The figures of a measurement."""
+    shown = common.table("pipeline", "", "")
+    shown.add_row("throughput", f"{report.rollouts_per_s:,.0f} rollouts/s")
+    shown.add_row(
+        "CPU",
+        f"{report.cpu_ms_per_rollout:.3f} ms per rollout (model server: {report.model_cpu_ms_per_rollout:.3f} ms more)",
+    )
+    shown.add_row("memory", f"{report.peak_rss_mb:,.0f} MB at most, all processes but the model server")
+    shown.add_row(
+        "rollouts",
+        f"{report.rollouts:,}, {report.failed:,} failed, {report.wall_s:,.1f} s with the start of the workers",
+    )
+    common.out.print(shown, soft_wrap=True)
+    roles = common.table("by role", "role", "processes", "CPU ms per rollout", "peak MB")
+    for role, use in report.roles.items():
+        roles.add_row(role, str(use.processes), f"{use.cpu_ms_per_rollout:.3f}", f"{use.peak_rss_mb:,.0f}")
+    common.out.print(roles, soft_wrap=True)
+    stages = common.table("by stage", "stage", "p50 ms", "p99 ms")
+    for name, stage in report.stages.items():
+        stages.add_row(name.removesuffix("_s"), f"{1000 * stage.p50:,.1f}", f"{1000 * stage.p99:,.1f}")
+    common.out.print(stages, soft_wrap=True)
