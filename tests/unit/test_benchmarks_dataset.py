@@ -181,6 +181,15 @@ def test_what_an_earlier_run_wrote_is_stripped(tmp_path: Path) -> None:
     assert decoded(tasks(path)[0]).keys() == {"question", "expected_answer", "agent_ref", "responses_create_params"}
 
 
+def test_a_row_of_another_file_may_bring_its_own_input(tmp_path: Path) -> None:
+    path = a_file(tmp_path, a_row(responses_create_params={"input": "its own"}), a_row())
+
+    first, second = tasks(path, own_input=True)
+
+    assert decoded(first)["responses_create_params"]["input"] == "its own"
+    assert decoded(second)["responses_create_params"]["input"] != "its own"
+
+
 @pytest.mark.parametrize(
     ("row", "options", "what"),
     [

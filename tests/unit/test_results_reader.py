@@ -95,9 +95,18 @@ def test_fields_that_the_rollout_lost_come_from_its_input(tmp_path: Path) -> Non
     assert "gym_bus" not in json.loads(second.row)
 
 
-def test_where_both_have_a_field_the_input_is_what_the_verifier_was_given(tmp_path: Path) -> None:
+def test_a_field_that_the_rollout_has_is_not_taken_from_the_inputs(tmp_path: Path) -> None:
     inputs = write(tmp_path / "in.jsonl", materialized(0, 0, expected_answer="42"))
     rollouts = write(tmp_path / "out.jsonl", rollout(0, 0, expected_answer="forty-two"))
+
+    (joined,) = join_rollouts(inputs, rollouts)
+
+    assert json.loads(joined.row)["expected_answer"] == "forty-two"
+
+
+def test_a_field_that_the_rollout_has_as_null_is_taken_from_the_inputs(tmp_path: Path) -> None:
+    inputs = write(tmp_path / "in.jsonl", materialized(0, 0, expected_answer="42"))
+    rollouts = write(tmp_path / "out.jsonl", rollout(0, 0, expected_answer=None))
 
     (joined,) = join_rollouts(inputs, rollouts)
 

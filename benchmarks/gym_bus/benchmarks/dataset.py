@@ -151,6 +151,7 @@ def materialize(
     overrides: Mapping[str, Any] | None = None,
     limit: int | None = None,
     convert: Convert | None = None,
+    own_input: bool = False,
 ) -> Iterator[TaskRow]:
     """The tasks of a data file, one by one, as they are issued: NeMo Gym's materialized rows.
 
@@ -165,13 +166,15 @@ def materialize(
         overrides: create params that win over the row's, key by key.
         limit: how many tasks; reading ends before the first row of the next one.
         convert: makes a row of ours from a published one; used for rows that lack what is needed.
+        own_input: a row with a `responses_create_params.input` keeps it; otherwise it is refused where there is a
+            prompt, as NeMo Gym does.
 
     Raises:
         DataError: `file:line: what is wrong`, for the first row that cannot be run or judged.
     """
     numbers = _TaskNumbers()
     converter = Converter(convert) if convert else None
-    builder = _RowBuilder(agent, prompt, required, overrides or {})
+    builder = _RowBuilder(agent, prompt, required, overrides or {}, own_input=own_input)
     for line, text in _lines(path):
         where = f"{path}:{line}"
         row = parse_row(text, where)
@@ -297,9 +300,15 @@ class _RowBuilder:
     """One row of the data file to the bytes of the materialized row."""
 
     def __init__(
-        self, agent: str, prompt: Prompt | None, required: Sequence[str], overrides: Mapping[str, Any]
+        self,
+        agent: str,
+        prompt: Prompt | None,
+        required: Sequence[str],
+        overrides: Mapping[str, Any],
+        *,
+        own_input: bool,
     ) -> None:
-        self._agent_ref = msgspec.Raw(_encode({"name": agent}))
+        self._agent_ref, self._own_input = msgspec.Raw(_encode({"name": agent})), own_input
         self._prompt, self._required = prompt, tuple(required)
         self._overrides = {key: msgspec.Raw(_encode(value)) for key, value in overrides.items()}
 
@@ -321,7 +330,7 @@ class _RowBuilder:
 
     def _params(self, row: Row, where: str) -> Row:
         params = self._own_params(row, where)
-        if self._prompt is not None:
+        if self._prompt is not None and not (self._own_input and "input" in params):
             if "input" in params:
                 raise DataError(
                     f"{where}: the row has a responses_create_params.input, and the benchmark has a prompt that builds "

@@ -62,7 +62,13 @@ def _prompts(config: Config, name: str, split: str | None, input_file: Path | No
     split = split or benchmark.main.name
     path = input_file or data_path(benchmark, Path(config.data_dir), split)
     convert = find_convert(benchmark, split) if input_file else None
-    tasks = materialize(path, agent=benchmark.spec.agent.name, prompt=benchmark.spec.prompt, convert=convert)
+    tasks = materialize(
+        path,
+        agent=benchmark.spec.agent.name,
+        prompt=benchmark.spec.prompt,
+        convert=convert,
+        own_input=input_file is not None,
+    )
     return {prompt_of(task.row): task.task_index for task in tasks}
 
 

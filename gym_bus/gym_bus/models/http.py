@@ -199,7 +199,10 @@ class OpenAIModel:
         call: Call | None = None
         output = wire.output
         if self._config.return_tokens:
-            data, output, call = _cut_tokens(data, output)
+            try:
+                data, output, call = _cut_tokens(data, output)
+            except (ValueError, OverflowError, msgspec.DecodeError) as e:
+                raise self._bad(f"its token ids do not fit their log-probabilities ({e})", data) from None
         head = ResponseHead(output=output, incomplete_details=wire.incomplete_details)
         return Reply(body=data, head=head, usage=wire.usage.plain() if wire.usage else Usage(), call=call)
 
@@ -214,11 +217,15 @@ class OpenAIModel:
             raise self._bad("the reply has no choices", data)
         body = response_object(chat, chat.choices[0], params, split_think=self._config.split_think)
         wire = response_decoder.decode(body)
+        try:
+            call = _chat_tokens(chat) if self._config.return_tokens else None
+        except (ValueError, OverflowError) as e:
+            raise self._bad(f"its token ids do not fit their log-probabilities ({e})", data) from None
         return Reply(
             body=body,
             head=ResponseHead(output=wire.output or [], incomplete_details=wire.incomplete_details),
             usage=chat.usage.plain() if chat.usage else Usage(),
-            call=_chat_tokens(chat) if self._config.return_tokens else None,
+            call=call,
         )
 
     async def close(self) -> None:

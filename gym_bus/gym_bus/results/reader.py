@@ -124,7 +124,7 @@ def join_rollouts(inputs: Path | None, rollouts: Path) -> Iterator[Joined]:
     """Every recorded rollout with its whole row, in the order of the rollouts file.
 
     NeMo Gym's verifiers drop row fields that their reply does not name, so those come from the materialized inputs,
-    joined on (task, rollout); where both have a field the inputs win, as they are what the verifier was given.
+    joined on (task, rollout): what the rollout has not, or has as null.
 
     Memory: a table of the inputs' offsets (about 150 bytes a row) and one row at a time.
 
@@ -165,7 +165,7 @@ def _join(places: dict[tuple[int, int], int], inputs: BinaryIO | None, rollouts:
             offset = places.get((task, rollout))
             if offset is None:
                 raise DataError(f"{rollouts}:{number}: task {task}, rollout {rollout} has no row in {inputs.name}")
-            fields |= read_row(inputs, offset)
+            fields = read_row(inputs, offset) | {key: value for key, value in fields.items() if bytes(value) != b"null"}
         yield Joined(
             order=order,
             number=number,

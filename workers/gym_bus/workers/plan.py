@@ -182,6 +182,7 @@ def _lines(plan: Plan) -> Iterator[tuple[int, int, bytes]]:
         overrides=plan.config.job.sampling,
         limit=plan.wanted.limit,
         convert=find_convert(plan.benchmark, plan.split) if plan.wanted.input else None,
+        own_input=plan.wanted.input is not None,
     )
     for r in expand(tasks, plan.repeats, add_seed=plan.config.job.seed_per_repeat):
         yield r.task_index, r.rollout_index, materialized_line(r.row, r.task_index, r.rollout_index)
