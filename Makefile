@@ -19,12 +19,13 @@ $(READY): requirements.lock pyproject.toml
 
 setup: $(READY) ## create .venv with everything, pinned by requirements.lock
 
+RUNS ?= runs
 DEMO := benchmarks/gym_bus/benchmarks
 demo: $(READY) ## run two benchmarks' example rows through the whole system, with recorded answers
 	$(BIN)/gym-bus eval run gsm8k --split example --num-repeats 4 \
-		--replay $(DEMO)/gsm8k/data/example_replay.jsonl --output runs/demo-gsm8k
+		--replay $(DEMO)/gsm8k/data/example_replay.jsonl --output $(RUNS)/demo-gsm8k
 	$(BIN)/gym-bus eval run humaneval --split example --num-repeats 4 \
-		--replay $(DEMO)/humaneval/data/example_replay.jsonl --output runs/demo-humaneval
+		--replay $(DEMO)/humaneval/data/example_replay.jsonl --output $(RUNS)/demo-humaneval
 
 TESTS ?= tests benchmarks
 test: $(READY) ## run all tests: real broker, real Ray, real sandbox, real HTTP

@@ -102,8 +102,8 @@ class SimulatedConfig(_Section, frozen=True):
     seed: int = 0
     latency_s: Distribution = Distribution()
     output_tokens: Distribution = Distribution(mean=256)
-    text: str = "\\boxed{A}"
-    """Ends every answer; the words before it are filler of the drawn length."""
+    text: str | Annotated[tuple[str, ...], Meta(min_length=1)] = "\\boxed{A}"
+    """Ends every answer, of several texts a drawn one; the words before it are filler of the drawn length."""
     rate_limited: Share = 0.0
     """Share of calls answered with 429."""
     server_error: Share = 0.0

@@ -102,7 +102,7 @@ class _Server:
         return make(
             name=str(next(self._calls)),
             model=model.name,
-            text=model.text(draw.tokens),
+            text=model.text(draw.tokens, draw.ending),
             usage=usage,
             created_at=int(time.time()),
         )

@@ -34,6 +34,8 @@ class Draw(msgspec.Struct, frozen=True):
     tokens: int
     fault: str
     """rate_limited, server_error, hang, or empty."""
+    ending: str
+    """The text that ends the answer."""
 
 
 class SimulatedModel:
@@ -41,14 +43,15 @@ class SimulatedModel:
 
     def __init__(self, config: SimulatedConfig, *, name: str = "simulated") -> None:
         self.name, self._config = name, config
-        self._texts: dict[int, str] = {}
+        self._endings = (config.text,) if isinstance(config.text, str) else config.text
+        self._texts: dict[tuple[int, str], str] = {}
 
     def draw(self, key: str) -> Draw:
         """The call of this identity; the same for the same seed, in any process."""
         c = self._config
-        plain = not (c.rate_limited or c.server_error or c.hang)
+        plain = not (c.rate_limited or c.server_error or c.hang) and len(self._endings) == 1
         if plain and c.latency_s.kind == "constant" and c.output_tokens.kind == "constant":
-            return Draw(c.latency_s.mean, _whole(c.output_tokens.mean), "")
+            return Draw(c.latency_s.mean, _whole(c.output_tokens.mean), "", self._endings[0])
         rng = random.Random(f"{c.seed}:{key}")
         dice, fault = rng.random(), ""
         for kind, share in (("rate_limited", c.rate_limited), ("server_error", c.server_error), ("hang", c.hang)):
@@ -56,17 +59,19 @@ class SimulatedModel:
                 fault = kind
                 break
             dice -= share
-        return Draw(sample(c.latency_s, rng), _whole(sample(c.output_tokens, rng)), fault)
+        latency, tokens = sample(c.latency_s, rng), _whole(sample(c.output_tokens, rng))
+        return Draw(latency, tokens, fault, rng.choice(self._endings))
 
-    def text(self, tokens: int) -> str:
-        """An answer of so many words, the configured text at its end."""
-        if tokens not in self._texts:
+    def text(self, tokens: int, ending: str) -> str:
+        """An answer of so many words, `ending` included."""
+        key = (tokens, ending)
+        if key not in self._texts:
             if len(self._texts) > 256:
                 self._texts.clear()
-            filler = max(0, tokens - count_tokens(self._config.text))
+            filler = max(0, tokens - count_tokens(ending))
             words = [_WORDS[i % len(_WORDS)] for i in range(filler)]
-            self._texts[tokens] = " ".join([*words, self._config.text])
-        return self._texts[tokens]
+            self._texts[key] = " ".join([*words, ending])
+        return self._texts[key]
 
     async def respond(self, params: Mapping[str, Any], info: CallInfo) -> Reply:
         """Wait as drawn, then answer or fail as drawn.
@@ -88,7 +93,7 @@ class SimulatedModel:
         usage = Usage(input_tokens=spent, output_tokens=draw.tokens, total_tokens=spent + draw.tokens)
         name = f"{info.rollout.task_index}_{info.rollout.rollout_index}_{info.step}"
         body = response_body(
-            name=name, model=self.name, text=self.text(draw.tokens), usage=usage, created_at=int(time.time())
+            name=name, model=self.name, text=self.text(draw.tokens, draw.ending), usage=usage, created_at=int(time.time())
         )
         call = self._tokens(spent, draw.tokens) if self._config.tokens else None
         return Reply(body=body, head=_head.decode(body), usage=usage, call=call)

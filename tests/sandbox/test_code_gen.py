@@ -1,0 +1,364 @@
+"""The `code_gen` verifier and the runner that holds it, with the real sandbox."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from gym_bus.errors import SandboxError, TaskError, UsageError, VerifierError
+from gym_bus.messages import Verdict
+from gym_bus.sandbox.slot import Slot
+from gym_bus.verifiers import runner as runner_module
+from gym_bus.verifiers.base import Task
+from gym_bus.verifiers.code_gen import CodeGen, same_output, same_value
+from gym_bus.verifiers.registry import VERIFIERS
+from gym_bus.verifiers.runner import Answer, Broken, Check, Judged, VerifierRunner, build, decode_answers, encode_checks
+
+session_loop = pytest.mark.asyncio(loop_scope="session")
+
+
+def response(text: str, *before: dict[str, Any]) -> dict[str, Any]:
+    message = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}
+    return {"output": [*before, message]}
+
+
+def fenced(code: str) -> dict[str, Any]:
+    return response(f"Here it is.\n```python\n{code}\n```\nDone.")
+
+
+def row(inputs: list[str], outputs: list[str], fn_name: str | None = None) -> dict[str, Any]:
+    return {"verifier_metadata": {"unit_tests": {"inputs": inputs, "outputs": outputs, "fn_name": fn_name}}}
+
+
+async def judge(
+    slot: Slot,
+    answer: dict[str, Any],
+    inputs: list[str],
+    outputs: list[str],
+    fn_name: str | None = None,
+    **options: Any,
+) -> Verdict:
+    options.setdefault("unit_test_timeout_secs", 5.0)
+    return await CodeGen(**options).verify(Task(row=row(inputs, outputs, fn_name), response=answer), slot)
+
+
+def said(verdict: Verdict) -> tuple[float, str, list[Any]]:
+    return verdict.reward, verdict.extra["failure_reason"], verdict.extra["results"]
+
+
+PASSED, WRONG, FAILED = (1.0, "none", [True]), (0.0, "wrong_answer", [-2]), (0.0, "runtime_error", [-4])
+
+
+@session_loop
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("print(int(input()) * 2)", PASSED),
+        ("print(' 42.0 ')", PASSED),
+        ("if __name__ == '__main__':\n    print(42)", PASSED),
+        ("print(reduce(mul, [gcd(12, 6), len(deque([1, 2, 3]))], 2) + 6)", PASSED),
+        ("print(42)\nexit(0)", PASSED),
+        ("print(43)", WRONG),
+        ("print(42)\nprint(42)", WRONG),
+        ("pass", WRONG),
+        ("exit(0)", WRONG),
+        ("import os\nos._exit(0)", WRONG),
+        ("import sys\nsys.exit = lambda *a: None\nprint('no')", WRONG),
+        ("import os\nos.write(1, b'\\xff')", WRONG),
+        ("print({'results': [True], 'reward': 1.0})", WRONG),
+        ("import gc\nprint([o for o in gc.get_objects() if isinstance(o, str) and o == '4' + '2'])", WRONG),
+        ("raise ValueError(42)", FAILED),
+        ("print(42)\n1 / 0", FAILED),
+        ("import os\nos.abort()", FAILED),
+        ("def (", (0.0, "compile_error", [-4])),
+        ("while True:\n    print('x' * 10**6)", (0.0, "output_limit", [-4])),
+        ("x = bytearray(2**40)", (0.0, "memory", [-4])),
+    ],
+)
+async def test_a_program_is_judged_by_what_it_prints(
+    slot: Slot, code: str, expected: tuple[float, str, list[Any]]
+) -> None:
+    assert said(await judge(slot, fenced(code), ["21\n"], ["42\n"])) == expected
+
+
+@session_loop
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("def f(a, b):\n    return a + b", PASSED),
+        ("class Solution:\n    def f(self, a: List[int], b: List[int]) -> List[int]:\n        return a + b", PASSED),
+        ("def f(a, b):\n    return (*a, *b)", PASSED),
+        ("def f(a, b):\n    print('noise')\n    return a + b", PASSED),
+        ("def f(a, b):\n    return a", WRONG),
+        ("def f(a, b):\n    print([1, 2])", WRONG),
+        ("def f(a, b):\n    class E(list):\n        __eq__ = lambda *_: True\n    return E()", FAILED),
+        (
+            "def f(a, b):\n    class E:\n        def __eq__(self, other):\n            return True\n    return E()",
+            FAILED,
+        ),
+        ("def f(a, b):\n    return {1, 2}", FAILED),
+        (
+            "def f(a, b):\n    while True:\n        a = [a]\n        if len(repr(a)) > 200:\n            return a",
+            FAILED,
+        ),
+        ("def f(a):\n    return a", FAILED),
+        ("def g(a, b):\n    return a + b", FAILED),
+        ("def f(a, b):\n    exit(0)", FAILED),
+        ("import os\ndef f(a, b):\n    os.write(1, b'[1, 2]')\n    os._exit(0)", FAILED),
+        ("import sys\nsys.exit = print\ndef f(a, b):\n    raise SystemExit(0)", FAILED),
+        (
+            "import os\nfor fd in range(3, 30):\n    try:\n        os.write(fd, b'[1]')\n"
+            "    except OSError:\n        pass",
+            FAILED,
+        ),
+        ("import json\njson.dumps = lambda _: 'no JSON'\ndef f(a, b):\n    return 1", WRONG),
+        ("import json\njson.dumps = lambda _: '[' * 10**5\ndef f(a, b):\n    return 1", WRONG),
+        ("def f(:", FAILED),
+    ],
+)
+async def test_a_function_is_judged_by_what_it_returns(
+    slot: Slot, code: str, expected: tuple[float, str, list[Any]]
+) -> None:
+    assert said(await judge(slot, fenced(code), ["[1]\n[2]"], ["[1, 2]"], "f")) == expected
+
+
+@session_loop
+@pytest.mark.parametrize(
+    ("value", "wanted", "passes"),
+    [
+        ("0.1 + 0.2", "0.3", True),
+        ("[0.1 + 0.2]", "[0.3]", False),
+        ("{1: None, 'b': True}", '{"1": null, "b": true}', True),
+        ("float('nan')", "NaN", False),
+        ("1", "true", True),
+        ("'1'", "1", False),
+        ("1", "no JSON", False),
+    ],
+)
+async def test_results_are_compared_as_json_values(slot: Slot, value: str, wanted: str, passes: bool) -> None:
+    verdict = await judge(slot, fenced(f"def f():\n    return {value}"), ["\n"], [wanted], "f")
+
+    assert (verdict.reward == 1.0) is passes
+
+
+@session_loop
+@pytest.mark.parametrize("fn_name", [None, "f"])
+@pytest.mark.parametrize("text", ["", " \n", "print(1)", "```python\nprint(1)", "```\n\n```", "```python\n```"])
+async def test_an_answer_without_code_scores_0(slot: Slot, text: str, fn_name: str | None) -> None:
+    assert said(await judge(slot, response(text), ["1"], ["1"], fn_name)) == (0.0, "no_code", [])
+
+
+@session_loop
+async def test_the_last_block_counts(slot: Slot) -> None:
+    verdict = await judge(slot, response("```\nprint(1)\n```\nBetter:\n```py\nprint(2)\n```"), [""], ["2"])
+
+    assert verdict.reward == 1.0
+    assert verdict.extra["extracted_model_code"] == "print(2)"
+
+
+@session_loop
+@pytest.mark.parametrize("fn_name", [None, "f"])
+async def test_the_first_failing_test_ends_the_check(slot: Slot, fn_name: str | None) -> None:
+    code = "f = lambda x: 1" if fn_name else "print(1)"
+
+    verdict = await judge(slot, fenced(code), ["1", "2", "3"], ["1", "2", "3"], fn_name)
+
+    assert said(verdict) == (0.0, "wrong_answer", [True, -2])
+    assert [test["ended"] for test in verdict.extra["tests"]] == ["finished", "finished"]
+
+
+@session_loop
+@pytest.mark.parametrize("code", ["while True:\n    pass", "import time\ntime.sleep(60)"])
+async def test_a_program_that_takes_too_long_is_a_timeout(slot: Slot, code: str) -> None:
+    assert said(await judge(slot, fenced(code), ["1"], ["1"], unit_test_timeout_secs=0.2)) == (0.0, "timeout", [-3])
+
+
+@session_loop
+async def test_a_function_that_takes_too_long_is_a_timeout(slot: Slot) -> None:
+    code = "def f(a):\n    while True:\n        pass"
+
+    verdict = await judge(slot, fenced(code), ["1"], ["1"], "f", unit_test_timeout_secs=0.2)
+
+    assert said(verdict) == (0.0, "timeout", [-3])
+
+
+@session_loop
+async def test_the_memory_limit_is_an_option(slot: Slot) -> None:
+    code = "x = b''.join(bytes([i % 256]) * 2**20 for i in range(150))\nprint(1)"
+
+    assert (await judge(slot, fenced(code), ["1"], ["1"])).reward == 1.0
+    verdict = await judge(slot, fenced(code), ["1"], ["1"], memory_bytes=64 * 2**20)
+    assert said(verdict) == (0.0, "memory", [-4])
+
+
+@session_loop
+async def test_a_failure_is_shown_with_the_end_of_its_traceback(slot: Slot) -> None:
+    verdict = await judge(slot, fenced("raise KeyError('x' * 600)"), ["1"], ["1"])
+
+    assert verdict.extra["failure_detail"].endswith("xxx'\n")
+    assert len(verdict.extra["failure_detail"]) == 500
+
+
+@session_loop
+@pytest.mark.parametrize(
+    ("text", "thought", "reward"),
+    [
+        ("", "<think>once</think>", 1.0),
+        ("<think>leaked</think>", "", -0.5),
+        ("leaked</think>", "", -0.5),
+        ("", "<think><think>", -0.5),
+        ("", "</think> and </think>", -0.5),
+    ],
+)
+async def test_thinking_that_leaks_costs_the_reward(slot: Slot, text: str, thought: str, reward: float) -> None:
+    reasoning = {"type": "reasoning", "summary": [{"text": thought}, "no part"]}
+    answer = response(f"{text}\n```\nprint(1)\n```", reasoning, {"type": "reasoning", "summary": None})
+
+    assert (await judge(slot, answer, [""], ["1"], reasoning_format_penalty=-0.5)).reward == reward
+
+
+@session_loop
+@pytest.mark.parametrize(
+    ("broken", "what"),
+    [
+        ({}, "expected `object`, got `null`"),
+        ({"verifier_metadata": [1]}, "got `null`"),
+        ({"verifier_metadata": {"unit_tests": {"inputs": ["1"]}}}, "missing required field `outputs`"),
+        ({"verifier_metadata": {"unit_tests": {"inputs": [1], "outputs": ["1"]}}}, "expected `str`, got `int`"),
+        (row([], []), "0 inputs and 0 outputs"),
+        (row(["1"], ["1", "2"]), "1 inputs and 2 outputs"),
+    ],
+)
+async def test_a_row_without_usable_tests_is_broken(slot: Slot, broken: dict[str, Any], what: str) -> None:
+    with pytest.raises(TaskError, match=f"(?i)verifier_metadata.unit_tests.*{what}"):
+        await CodeGen().verify(Task(row=broken, response=fenced("print(1)")), slot)
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "same"),
+    [
+        ("1 2\n3", " 1 2 \r\n3\n\n", True),
+        ("1.0 2", "1 2.00", True),
+        ("1e2", "100", True),
+        ("a", "A", False),
+        ("1 2", "1", False),
+        ("1", "1 a", False),
+        ("0.30000000000000004", "0.3", False),
+        ("1\n\n2", "1\n2", False),
+        ("", "", True),
+        ("", "0", False),
+    ],
+)
+def test_output_is_compared_line_by_line_as_text_or_decimal_numbers(printed: str, expected: str, same: bool) -> None:
+    assert same_output(printed, expected) is same
+
+
+def test_values_are_equal_or_close_floats() -> None:
+    assert same_value(1.000001, 1.0) and same_value(1, 1.0) and same_value({"a": [1]}, {"a": [1]})
+    assert not same_value(1.1, 1.0) and not same_value(2, 1.0) and not same_value([1.000001], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"timeout": 3}, "unknown option 'timeout'"),
+        ({"unit_test_timeout_secs": 0}, "`float` > 0"),
+        ({"memory_bytes": 1}, "`int`"),
+    ],
+)
+def test_options_that_do_not_fit_are_a_usage_error(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(UsageError, match=f"verifier 'code_gen': .*{what}"):
+        CodeGen(**options)
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[VerifierRunner]:
+    made = VerifierRunner()
+    try:
+        made.warm("code_gen", b"{}")
+    except SandboxError as e:
+        pytest.skip(f"no sandbox on this machine: {e}")
+    yield made
+    made.close()
+    made.close()
+
+
+def check(row: Any, answer: Any, verifier: str = "code_gen", options: bytes = b"{}") -> Check:
+    return Check(verifier, options, msgspec.json.encode(row), msgspec.json.encode(answer))
+
+
+def answers(runner: VerifierRunner, *checks: Check) -> list[Answer]:
+    return decode_answers(runner.batch(encode_checks(list(checks))))
+
+
+def test_a_batch_is_judged_in_order_and_a_broken_check_touches_no_other(runner: VerifierRunner) -> None:
+    mcqa = {"options": [{"A": "1"}, {"B": "2"}], "expected_answer": "B", "grading_mode": "strict_single_letter_boxed"}
+    right = check(row([""], ["1"]), fenced("print(1)"))
+
+    found = answers(
+        runner,
+        right,
+        check({}, fenced("print(1)")),
+        check(mcqa, response("\\boxed{B}"), "mcqa"),
+        check(mcqa, response("\\boxed{A}"), "mcqa"),
+        Check("code_gen", b"{}", b"no JSON", b"{}"),
+        Check("code_gen", b"{}", right.row, b"no JSON"),
+        Check("code_gen", b"{}", right.row, b"[]"),
+        check({}, {}, "cod_gen"),
+        right,
+    )
+
+    assert [a.verdict.reward if isinstance(a, Judged) else a.kind for a in found] == [
+        1.0, "task", 1.0, 0.0, "task", 0.0, 0.0, "verifier", 1.0,
+    ]  # fmt: skip
+    assert all(a.seconds > 0 for a in found if isinstance(a, Judged))
+
+
+def test_what_goes_wrong_is_an_error_of_its_kind(runner: VerifierRunner) -> None:
+    unreadable, unknown = answers(
+        runner, Check("code_gen", b"{}", b"[1]", b"{}"), check({}, {}, "code_gen", b'{"unit_test_timeout": 1}')
+    )
+
+    assert isinstance(unreadable, Broken) and isinstance(unknown, Broken)
+    assert isinstance(unreadable.error(), TaskError)
+    assert "the row cannot be read" in str(unreadable.error())
+    assert isinstance(unknown.error(), VerifierError)
+    assert "UsageError" in unknown.detail and "did you mean 'unit_test_timeout_secs'" in unknown.detail
+
+
+def test_a_lost_sandbox_is_a_sandbox_fault_and_the_next_check_gets_a_new_one(runner: VerifierRunner) -> None:
+    right = check(row([""], ["1"]), fenced("print(1)"))
+    answers(runner, right)
+    runner._slot._zygote._control.close()
+
+    lost, judged = answers(runner, right, right)
+
+    assert isinstance(lost, Broken) and isinstance(lost.error(), SandboxError)
+    assert isinstance(judged, Judged) and judged.verdict.reward == 1.0
+
+
+def test_verifiers_with_many_options_are_kept_up_to_a_bound(runner: VerifierRunner) -> None:
+    many = [b'{"unit_test_timeout_secs":%d}' % n for n in range(1, runner_module.CACHED + 10)]
+
+    found = answers(runner, *(check({}, {}, options=options) for options in many))
+
+    assert {a.kind for a in found if isinstance(a, Broken)} == {"task"}
+    assert len(runner._verifiers) == runner_module.CACHED
+
+
+def test_an_inline_verifier_needs_no_sandbox() -> None:
+    own = VerifierRunner()
+    own.warm("mcqa", b"{}")
+
+    assert own._slot is None
+    own.close()
+
+
+def test_options_that_a_foreign_verifier_does_not_take_are_a_usage_error() -> None:
+    VERIFIERS.add("takes_no_options", "builtins:object")
+
+    with pytest.raises(UsageError, match=r"options of verifier 'takes_no_options': .*takes no arguments"):
+        build("takes_no_options", b'{"x": 1}')

@@ -1,0 +1,305 @@
+"""The official client over our own connections: it must not notice the difference, errors included."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import openai
+import pytest
+from aiohttp import web
+from openai import AsyncOpenAI
+
+from gym_bus.models.registry import Models
+from gym_bus.models.serve import serve
+from gym_bus.server import free_port
+from gym_bus.settings import ModelConfig
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+KEY = "sk-very-secret"
+CHAT = {
+    "id": "c",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "m",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "é"}, "finish_reason": "stop"}],
+}
+ASK: Any = [{"role": "user", "content": "hi"}]
+
+
+def event(value: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def chunk(text: str) -> bytes:
+    choices = [{"index": 0, "delta": {"content": text}}]
+    return event({"id": "c", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": choices})
+
+
+@asynccontextmanager
+async def client_of(answer: Answer, **config: Any) -> AsyncIterator[tuple[AsyncOpenAI, Models]]:
+    """The client of a server that always answers so."""
+    app = web.Application()
+    app.router.add_route("*", "/v1/{tail:.*}", answer)
+    runner, port = await serve(app, "127.0.0.1", 0)
+    settings: dict[str, Any] = {"base_url": f"http://127.0.0.1:{port}/v1", "api_key": KEY, **config}
+    models = Models({"m": ModelConfig(**settings)})
+    try:
+        yield models.client("m"), models
+    finally:
+        await models.close()
+        await runner.cleanup()
+
+
+async def chat(client: AsyncOpenAI, **more: Any) -> str | None:
+    made = await asyncio.wait_for(client.chat.completions.create(model="m", messages=ASK, **more), 10)
+    return str(made.choices[0].message.content)
+
+
+async def test_the_request_arrives_whole_with_key_and_configured_headers() -> None:
+    asked: list[tuple[web.Request, bytes]] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append((request, await request.read()))
+        return web.json_response(CHAT)
+
+    async with client_of(answer, headers={"X-Team": "blue"}) as (client, _):
+        assert await chat(client, extra_query={"q": "a b&c/é"}, temperature=0.5) == "é"
+
+    request, body = asked[0]
+    assert (request.method, request.path, dict(request.query)) == (
+        "POST",
+        "/v1/chat/completions",
+        {"q": "a b&c/é"},
+    )
+    assert (request.headers["Authorization"], request.headers["X-Team"]) == (f"Bearer {KEY}", "blue")
+    assert [len(request.headers.getall(name)) for name in ("Host", "Content-Length", "Content-Type")] == [1, 1, 1]
+    assert msgspec.json.decode(body) == {"model": "m", "messages": ASK, "temperature": 0.5}
+
+
+async def test_a_model_without_a_key_gets_a_client_all_the_same() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({**CHAT, "id": request.headers["Authorization"]})
+
+    async with client_of(answer, api_key="") as (client, _):
+        made = await client.chat.completions.create(model="m", messages=ASK)
+    assert made.id == "Bearer none-for-m"
+
+
+async def test_a_compressed_reply_is_read() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        assert "gzip" in request.headers["Accept-Encoding"]
+        body = gzip.compress(msgspec.json.encode(CHAT))
+        return web.Response(body=body, headers={"Content-Encoding": "gzip", "Content-Type": "application/json"})
+
+    async with client_of(answer) as (client, _):
+        assert await chat(client) == "é"
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, openai.BadRequestError),
+        (401, openai.AuthenticationError),
+        (403, openai.PermissionDeniedError),
+        (404, openai.NotFoundError),
+        (409, openai.ConflictError),
+        (422, openai.UnprocessableEntityError),
+        (429, openai.RateLimitError),
+        (500, openai.InternalServerError),
+        (503, openai.InternalServerError),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_every_status_is_the_official_error_and_is_asked_for_once(
+    status: int, error: type[openai.APIStatusError], stream: bool
+) -> None:
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        body = {"error": {"message": "no such thing", "code": "why"}}
+        return web.json_response(body, status=status, headers={"X-Request-Id": "r1", "Retry-After": "0"})
+
+    async with client_of(answer) as (client, _):
+        with pytest.raises(error, match="no such thing") as e:
+            await client.chat.completions.create(model="m", messages=ASK, stream=stream)
+
+    assert (type(e.value), e.value.status_code, e.value.code, e.value.request_id) == (error, status, "why", "r1")
+    assert len(asked) == 1
+
+
+async def test_a_redirect_is_not_followed_with_the_key() -> None:
+    paths: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        paths.append(request.path)
+        return web.Response(status=302, headers={"Location": "/v1/elsewhere"})
+
+    async with client_of(answer) as (client, _):
+        with pytest.raises(openai.APIStatusError):
+            await chat(client)
+    assert paths == ["/v1/chat/completions"]
+
+
+async def test_a_stream_is_handed_on_as_it_arrives() -> None:
+    read = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await reply.prepare(request)
+        await reply.write(chunk("a"))
+        await asyncio.wait_for(read.wait(), 5)  # the second part exists only once the first was read
+        await reply.write(chunk("b") + b"data: [DONE]\n\n")
+        return reply
+
+    found: list[str | None] = []
+    async with client_of(answer) as (client, _):
+        async for part in await client.chat.completions.create(model="m", messages=ASK, stream=True):
+            found.append(part.choices[0].delta.content)
+            read.set()
+    assert found == ["a", "b"]
+
+
+async def test_a_stream_of_responses_events_is_read() -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await reply.prepare(request)
+        for number, text in enumerate(("a", "b")):
+            where = {"item_id": "i", "output_index": 0, "content_index": 0, "sequence_number": number, "logprobs": []}
+            await reply.write(event({"type": "response.output_text.delta", "delta": text, **where}))
+        return reply
+
+    async with client_of(answer) as (client, _):
+        stream = await client.responses.create(model="m", input="hi", stream=True)
+        assert [part.delta async for part in stream if part.type == "response.output_text.delta"] == ["a", "b"]
+
+
+async def test_a_stream_that_is_left_early_gives_its_connection_back() -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if b'"stream":true' not in (await request.read()).replace(b" ", b""):
+            return web.json_response(CHAT)
+        reply = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await reply.prepare(request)
+        await reply.write(chunk("a"))
+        await asyncio.Event().wait()
+        return reply
+
+    async with client_of(answer) as (client, models):
+        async with await client.chat.completions.create(model="m", messages=ASK, stream=True) as stream:
+            assert (await anext(aiter(stream))).choices[0].delta.content == "a"
+        connector = models.session().connector
+        assert connector
+        assert not connector._acquired
+        assert await chat(client) == "é"
+
+
+async def test_an_error_within_a_stream_is_raised_where_it_comes() -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await reply.prepare(request)
+        await reply.write(chunk("a") + event({"error": {"message": "overloaded"}}))
+        return reply
+
+    async with client_of(answer) as (client, _):
+        parts = aiter(await client.chat.completions.create(model="m", messages=ASK, stream=True))
+        assert (await anext(parts)).choices[0].delta.content == "a"
+        with pytest.raises(openai.APIError, match="overloaded"):
+            await anext(parts)
+
+
+async def test_a_connection_that_breaks_within_a_body_is_a_connection_error() -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse(headers={"Content-Length": "1000", "Content-Type": "application/json"})
+        await reply.prepare(request)
+        await reply.write(b'{"id": ')
+        assert request.transport
+        request.transport.close()
+        return reply
+
+    async with client_of(answer) as (client, _):
+        with pytest.raises(openai.APIConnectionError):
+            await chat(client)
+
+
+async def test_a_connection_that_breaks_before_the_reply_is_a_connection_error() -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        assert request.transport
+        request.transport.close()
+        return web.Response()
+
+    async with client_of(answer) as (client, _):
+        with pytest.raises(openai.APIConnectionError):
+            await chat(client)
+
+
+@pytest.mark.parametrize("headers_first", [True, False])
+async def test_an_endpoint_that_falls_silent_is_a_timeout(headers_first: bool) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse(headers={"Content-Type": "application/json"})
+        if headers_first:
+            await reply.prepare(request)
+            await reply.write(b"{")
+        await asyncio.Event().wait()
+        return reply
+
+    async with client_of(answer, read_limit_s=0.1) as (client, _):
+        with pytest.raises(openai.APITimeoutError):
+            await chat(client)
+
+
+async def test_the_callers_own_timeout_wins() -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        return web.Response()
+
+    async with client_of(answer) as (client, _):
+        with pytest.raises(openai.APITimeoutError):
+            await chat(client, timeout=0.1)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
+async def test_an_endpoint_that_is_not_there_is_a_connection_error(host: str) -> None:
+    models = Models({"m": ModelConfig(base_url=f"http://{host}:{free_port()}/v1")})
+    try:
+        with pytest.raises(openai.APIConnectionError) as e:
+            await chat(models.client("m"))
+    finally:
+        await models.close()
+    assert type(e.value) is openai.APIConnectionError
+
+
+async def test_closing_the_client_leaves_the_workers_connections_open() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response(CHAT)
+
+    async with client_of(answer) as (client, models):
+        await client.close()
+        assert not models.session().closed
+
+
+async def test_many_calls_run_at_once_and_each_gets_its_own_answer() -> None:
+    count, arrived, everyone = 50, 0, asyncio.Event()
+
+    async def answer(request: web.Request) -> web.Response:
+        nonlocal arrived
+        arrived += 1
+        if arrived == count:
+            everyone.set()
+        await asyncio.wait_for(everyone.wait(), 10)
+        return web.json_response({**CHAT, "id": request.headers["X-Number"]})
+
+    async with client_of(answer) as (client, models):
+        assert models.client("m") is client
+        made = await asyncio.gather(
+            *(
+                client.chat.completions.create(model="m", messages=ASK, extra_headers={"X-Number": str(i)})
+                for i in range(count)
+            )
+        )
+    assert [one.id for one in made] == [str(i) for i in range(count)]

@@ -1,0 +1,97 @@
+"""What the repository promises about itself: one namespace, one wheel, settings that load, no package index named."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from gym_bus.config import Config, Layer, load_config
+from gym_bus.server import find_binary
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("gym_bus", "workers", "agents", "verifiers", "benchmarks")
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_namespace_has_no_init_file_in_any_part(source: str) -> None:
+    assert (ROOT / source / "gym_bus").is_dir()
+    assert not (ROOT / source / "__init__.py").exists()
+    assert not (ROOT / source / "gym_bus" / "__init__.py").exists()
+
+
+def test_every_package_of_the_namespace_says_that_it_is_typed() -> None:
+    parts = [p for source in SOURCES for p in (ROOT / source / "gym_bus").iterdir() if (p / "__init__.py").exists()]
+    assert parts
+    assert [
+        p for p in parts if p.name in ("workers", "agents", "verifiers", "benchmarks") if not (p / "py.typed").exists()
+    ] == []
+
+
+def test_the_wheel_holds_every_part_with_its_data(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, timeout=100)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for wanted in (
+        "gym_bus/messages.py",
+        "gym_bus/workers/loop.py",
+        "gym_bus/agents/simple.py",
+        "gym_bus/verifiers/math.py",
+        "gym_bus/benchmarks/gsm8k/config.yaml",
+        "gym_bus/benchmarks/gsm8k/data/example.jsonl",
+    ):
+        assert wanted in names
+    assert "gym_bus/__init__.py" not in names
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_shipped_configuration_loads(path: Path, tmp_path: Path) -> None:
+    env = tmp_path / "env.yaml"
+    env.write_text("policy_base_url: http://127.0.0.1:1/v1\npolicy_model_name: m\npolicy_api_key: k\n")
+    config = load_config([path], [], env_file=env, base=[Layer("built-in", {})])
+    assert isinstance(config, Config)
+    assert msgspec.to_builtins(config) != msgspec.to_builtins(Config())
+
+
+def test_the_shipped_server_configuration_is_valid() -> None:
+    checked = subprocess.run(
+        [find_binary(), "-t", "-c", str(ROOT / "deploy" / "nats.conf")], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_every_command_in_the_compose_file_is_one_of_ours() -> None:
+    services = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]
+    assert set(services) == {"nats", "agent", "verifier", "results"}
+    for name in ("agent", "verifier", "results"):
+        assert services[name]["command"][:2] == ["worker", name]
+
+
+def test_no_tracked_file_names_a_package_index() -> None:
+    index = re.compile(rb"pypi\.org|pythonhosted|registry\.npmjs|--(extra-)?index-url|--find-links")
+    guilty = [p for p in tracked() if p != Path(__file__) and index.search(p.read_bytes())]
+    assert guilty == []
+
+
+def test_the_lock_file_pins_every_requirement_with_a_hash() -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    assert "://" not in lock
+    requirements = [line for line in lock.splitlines() if line and not line.startswith((" ", "#"))]
+    assert len(requirements) > 50
+    assert [line for line in requirements if "==" not in line] == []
+    assert lock.count("--hash=sha256:") >= len(requirements)
