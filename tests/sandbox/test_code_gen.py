@@ -61,6 +61,8 @@ PASSED, WRONG, FAILED = (1.0, "none", [True]), (0.0, "wrong_answer", [-2]), (0.0
         ("if __name__ == '__main__':\n    print(42)", PASSED),
         ("print(reduce(mul, [gcd(12, 6), len(deque([1, 2, 3]))], 2) + 6)", PASSED),
         ("print(42)\nexit(0)", PASSED),
+        ("print(42)\nexit(1)", PASSED),
+        ("print(42)\nraise ValueError", FAILED),
         ("print(43)", WRONG),
         ("print(42)\nprint(42)", WRONG),
         ("pass", WRONG),
@@ -362,3 +364,36 @@ def test_options_that_a_foreign_verifier_does_not_take_are_a_usage_error() -> No
 
     with pytest.raises(UsageError, match=r"options of verifier 'takes_no_options': .*takes no arguments"):
         build("takes_no_options", b'{"x": 1}')
+
+
+@session_loop
+async def test_a_function_may_print_as_much_as_it_likes(slot: Slot) -> None:
+    verdict = await judge(slot, fenced("def f(x):\n    print('x' * 2**22)\n    return x"), ["1"], ["1"], "f")
+
+    assert said(verdict) == PASSED
+
+
+@session_loop
+async def test_arguments_that_are_no_json_are_a_broken_task(slot: Slot) -> None:
+    with pytest.raises(TaskError, match=r"inputs\[1\]: not JSON arguments"):
+        await judge(slot, fenced("def f(x): return x"), ["1", "x"], ["1", "1"], "f")
+
+
+@session_loop
+async def test_reasoning_in_a_strange_form_is_passed_over(slot: Slot) -> None:
+    answer = response("```python\nprint(1)\n```", {"type": "reasoning", "summary": 5})
+
+    assert said(await judge(slot, answer, [""], ["1"])) == PASSED
+
+
+@pytest.mark.parametrize("options", [b"[]", b"nope"])
+def test_options_that_are_no_object_are_wrong_usage(options: bytes) -> None:
+    with pytest.raises(UsageError, match="options of verifier 'code_gen'"):
+        build("code_gen", options)
+
+
+@pytest.mark.parametrize("data", [b'{"a":"\xff"}', b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}", b"[]"])
+def test_a_row_that_cannot_be_read_is_a_broken_task_and_such_a_response_says_nothing(data: bytes) -> None:
+    with pytest.raises(TaskError, match="cannot be read"):
+        runner_module.task_of(data, b"{}")
+    assert runner_module.task_of(b"{}", data) == Task({}, {})

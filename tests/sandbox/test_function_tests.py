@@ -61,6 +61,27 @@ async def mbpp(slot: Slot, text: str, options: dict[str, Any] | None = None, **r
 
 
 @pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import os; os.write(3, b'\\x01\\0\\0\\x005')", "runtime_error"),
+        ("import os; os.write(3, b'\\x02\\0\\0\\0[]')", "runtime_error"),
+        ("raise ValueError('\\ud800')", "runtime_error"),
+        ("def total(xs): raise ValueError('\\ud800')", "runtime_error"),
+    ],
+)
+async def test_what_a_solution_says_out_of_turn_is_its_own_fault(slot: Slot, code: str, reason: str) -> None:
+    verdict = await humaneval(slot, fenced(code))
+
+    assert (verdict.reward, verdict.extra["failure_reason"]) == (0.0, reason)
+
+
+async def test_a_solution_may_print_as_much_as_it_likes(slot: Slot) -> None:
+    code = "import sys\ndef total(xs):\n    print('x' * 2**22); print('y' * 2**22, file=sys.stderr)\n"
+
+    assert (await humaneval(slot, fenced(code + "    return sum(xs) + len(xs)"))).reward == 1.0
+
+
+@pytest.mark.parametrize(
     "text",
     [
         CANONICAL,

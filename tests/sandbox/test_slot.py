@@ -152,6 +152,19 @@ async def test_output_is_cut_at_its_limit(slot: Slot) -> None:
     assert 2**16 - 5000 <= len(outcome.stderr) <= 2**16
 
 
+@pytest.mark.parametrize(("size", "cut"), [(0, False), (100, False), (4095, False), (4096, False), (4097, True)])
+async def test_output_at_its_limit_is_whole_and_one_byte_more_is_cut(slot: Slot, size: int, cut: bool) -> None:
+    outcome = await run(slot, f"import os; os.write(1, b'x' * {size})", output_bytes=4096)
+
+    assert (outcome.ended is Ended.OUTPUT_LIMIT, len(outcome.stdout)) == (cut, min(size, 4096))
+
+
+async def test_standard_error_is_cut_and_the_program_goes_on(slot: Slot) -> None:
+    outcome = await run(slot, "import sys; print('x' * 2**17, file=sys.stderr); sys.stderr.write('y'); print('done')")
+
+    assert (outcome.ok, outcome.stdout, len(outcome.stderr)) == (True, b"done\n", 64 * 1024)
+
+
 async def test_a_file_is_bounded(slot: Slot) -> None:
     outcome = await run(slot, "open('big', 'wb').write(bytes(2**22))", output_bytes=2**16, file_bytes=2**20)
 
@@ -441,6 +454,17 @@ async def test_an_unknown_language_is_a_usage_error(slot: Slot) -> None:
 async def test_a_file_outside_the_scratch_folder_is_a_fault_of_the_setup(slot: Slot) -> None:
     with pytest.raises(SandboxError, match="the program could not be set up"):
         await slot.run(Program(source=b"", files={"/etc/passwd": b""}))
+
+
+async def test_a_folder_as_deep_as_the_disk_allows_is_cleaned_up(slot: Slot) -> None:
+    before = slot._zygote.pid
+
+    outcome = await run(
+        slot, "import os\nfor _ in range(3000):\n    os.mkdir('d'); os.chdir('d')\nopen('f', 'w').close()"
+    )
+
+    assert (outcome.ended, slot._zygote.pid) == (Ended.FINISHED, before)
+    assert (await run(slot, "import os; print(os.listdir('/tmp'))")).stdout == b"[]\n"
 
 
 async def test_a_zygote_killed_under_a_program_is_an_infrastructure_fault_and_the_next_program_runs() -> None:

@@ -497,3 +497,27 @@ async def test_the_example_environment_is_played_to_its_end() -> None:
     assert (told["b"], told["e"]) == ('{"synonym_value":0}', '{"success":true}')
     assert told["c"] == '{"error":"argument \'synonym\' must be a string"}'
     assert "did you mean 'get_synonym_value'" in told["d"]
+
+
+@pytest.mark.parametrize("made", [object(), "\ud800", {"a": "\ud800"}])
+async def test_whatever_a_tool_makes_is_text_for_the_model(box: type[Box], made: object) -> None:
+    async def give() -> object:
+        return made
+
+    box.tools["give"] = give
+
+    msgspec.json.encode(await call_tool(box({}, ROLLOUT), "give", "{}", 1.0))
+
+
+async def test_arguments_nested_too_deeply_are_told_to_the_model(box: type[Box]) -> None:
+    arguments = '{"a":' + "[" * 1000 + "]" * 1000 + "}"
+
+    assert "Invalid tool call arguments" in await call_tool(box({}, ROLLOUT), "give", arguments, 1.0)
+
+
+async def test_output_items_of_other_kinds_are_kept_and_passed_over() -> None:
+    search = {"type": "tool_search_call", "arguments": {"a": 1}, "call_id": None}
+
+    made, _ = await run(Endpoint(response(search, says("2"))))
+
+    assert made["output"] == [search, says("2")]

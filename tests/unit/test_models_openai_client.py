@@ -303,3 +303,17 @@ async def test_many_calls_run_at_once_and_each_gets_its_own_answer() -> None:
             )
         )
     assert [one.id for one in made] == [str(i) for i in range(count)]
+
+
+async def test_a_call_that_drips_for_ever_ends_at_its_limit() -> None:
+    async def drip(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await reply.prepare(request)
+        for _ in range(200):
+            await reply.write(b" ")
+            await asyncio.sleep(0.05)
+        return reply
+
+    async with client_of(drip, call_limit_s=0.3) as (client, _):
+        with pytest.raises(openai.APITimeoutError):
+            await chat(client)

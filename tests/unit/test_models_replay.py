@@ -218,3 +218,26 @@ def test_a_recorded_conversations_items_are_those_of_the_official_types(file: Pa
     with recorded(file, {"task_index": 0, "responses": [response]}) as model:
         checked = Response.model_validate(msgspec.json.decode(ask(model).body))
     assert [item.type for item in checked.output] == ["function_call"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "what"),
+    [
+        (['{"task_index":0,"responses":[{"output":3}]}'], r":1: not a line of recorded answers"),
+        (
+            ['{"prompt":"a","completions":["x"]}', '{"prompt":" a","completions":["y"]}'],
+            r":2: a second line for the same",
+        ),
+    ],
+)
+def test_a_recording_that_cannot_be_played_is_named_with_its_line(tmp_path: Path, lines: list[str], what: str) -> None:
+    file = tmp_path / "replay.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=what):
+        ReplayModel(file)
+
+
+def test_a_recorded_usage_without_a_total_gets_one(tmp_path: Path) -> None:
+    file = tmp_path / "replay.jsonl"
+    file.write_text('{"task_index":0,"responses":[{"output":[],"usage":{"input_tokens":2,"output_tokens":3}}]}')
+    assert ReplayModel(file).answer({"input": "x"}, 0, 0, 0).usage.total_tokens == 5

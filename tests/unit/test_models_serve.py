@@ -99,8 +99,10 @@ async def test_one_rollout_draws_the_same_in_either_form_and_on_any_server() -> 
                 for at in ((0,), (0, 1), (1,), (0, 0, 2))
             ]
             found.append([m.usage.output_tokens for m in made if m.usage])
-            text = await chat_text(client, ASK, extra_headers=whose(0, 1))
-            assert len(text.split()) == found[-1][1]
+    async with served(simulated(output_tokens=varied)) as (client, _base):
+        text = await chat_text(client, ASK, extra_headers=whose(0, 1))
+        again = await chat_text(client, ASK, extra_headers=whose(0, 1))
+    assert len(text.split()) == found[0][1] != len(again.split())
     assert found[0] == found[1]
     assert len(set(found[0])) == 4
 
@@ -269,3 +271,60 @@ async def test_a_port_that_is_taken_is_an_error_and_leaves_the_first_server_alon
         with pytest.raises(OSError, match="address already in use"):
             await serve(make_app(model), "127.0.0.1", int(base.rpartition(":")[2]))
         assert await chat_text(client, ASK)
+
+
+async def test_a_retry_after_a_fault_draws_anew() -> None:
+    async with served(simulated(rate_limited=0.5)) as (client, _base):
+        refused = 0
+        for _ in range(40):
+            try:
+                await client.responses.create(model="any", input="x", extra_headers=whose(0))
+            except openai.RateLimitError:
+                refused += 1
+    assert 5 < refused < 35
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"input": "\xff"}',
+        b'{"input": ["hi"]}',
+        b'{"input": ' + b"[" * 100_000,
+    ],
+)
+async def test_a_body_that_cannot_be_read_is_a_bad_request(body: bytes) -> None:
+    async with (
+        served(simulated()) as (_client, base),
+        aiohttp.ClientSession() as session,
+        session.post(f"{base}/v1/responses", data=body) as reply,
+    ):
+        assert reply.status == 400
+        assert (await reply.json())["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_rollout_header_of_another_form_is_passed_over() -> None:
+    async with served(simulated()) as (client, _base):
+        made = await client.responses.create(model="any", input="x", extra_headers={"X-Gym-Rollout": "job/x/0/1"})
+    assert made.output_text
+
+
+async def test_two_replies_of_reasoning_alone_are_two_steps(tmp_path: Path) -> None:
+    steps = [response(THOUGHT, id="1"), response(THOUGHT, id="2"), response(says("done"), id="3")]
+    async with served(replay(tmp_path, {"prompt": "1+1?", "responses": [steps]})) as (client, _):
+        made = await client.responses.create(model="any", input=[USER, THOUGHT, THOUGHT])
+    assert made.id == "3"
+
+
+async def test_examples_in_the_task_are_no_steps(tmp_path: Path) -> None:
+    steps = [response(says("first"), id="1"), response(says("second"), id="2")]
+    shown = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}, USER]
+    async with served(replay(tmp_path, {"prompt": "1+1?", "responses": [steps]})) as (client, _):
+        made = await client.responses.create(model="any", input=shown)  # type: ignore[arg-type]
+    assert made.id == "1"
+
+
+async def test_a_recorded_refusal_stays_one_in_chat(tmp_path: Path) -> None:
+    refused = {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    async with served(replay(tmp_path, {"prompt": "1+1?", "responses": [response(refused)]})) as (client, _):
+        made = await client.chat.completions.create(model="any", messages=[{"role": "user", "content": "1+1?"}])
+    assert (made.choices[0].message.refusal, made.choices[0].message.content) == ("no", None)

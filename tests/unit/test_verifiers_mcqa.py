@@ -240,3 +240,24 @@ def test_a_row_without_a_reference_is_refused(expected: Any) -> None:
 @pytest.mark.parametrize("text", ["\\boxed{" * 10_000, "Answer: " + "A " * 50_000 + "B", "*" * 100_000, "\x00\ud800"])
 def test_a_huge_or_odd_answer_is_judged_like_any_other(mode: str | None, text: str) -> None:
     assert judged(text, mode, expected_answer="C").reward == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("Answer: I think B", None),
+        ("Answer: option B (see Table X)", None),
+        ("Answer: E or A or B", None),
+        ("Answer: A, A or B", None),
+        ("Answer: a or b", None),
+        ("Answer: A, or B", "A"),
+        ("Answer：B", "B"),
+    ],
+)
+def test_the_markdown_mode_takes_one_letter_that_stands_out(text: str, letter: str | None) -> None:
+    assert judged(text, "lenient_answer_colon_md").extra["extracted_answer"] == letter
+
+
+@pytest.mark.parametrize("pattern", [5, True, {"(.)": 1}])
+def test_a_pattern_of_another_type_is_passed_over(pattern: object) -> None:
+    assert judged(r"\boxed{A}", template_metadata={"output_regex": pattern}).extra["extracted_answer"] == "A"

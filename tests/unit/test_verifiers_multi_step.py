@@ -85,3 +85,11 @@ def test_a_row_whose_expected_values_are_no_list_is_refused(expected: Any) -> No
 def test_there_are_no_options() -> None:
     with pytest.raises(UsageError, match="verifier 'example_multi_step': unknown option 'x': known: none"):
         ExampleMultiStep(x=1)
+
+
+@pytest.mark.parametrize("arguments", ['{"a":' + "[" * 100_000, "\ud800"])
+def test_arguments_that_no_decoder_takes_are_a_wrong_answer(arguments: str) -> None:
+    call = {"type": "function_call", "name": "extract_synonym_values", "arguments": arguments}
+    task = Task({"expected_synonym_values": [1]}, {"output": [call]})
+
+    assert ExampleMultiStep().verify(task).reward == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -11,10 +12,9 @@ from gym_bus.errors import UsageError
 from gym_bus.verifiers.code_text import between_last_fences, defines, last_block
 from gym_bus.verifiers.options import read_options
 from gym_bus.verifiers.text import (
-    boxed,
-    boxed_spans,
     function_calls,
     joined_messages,
+    last_balanced_boxed,
     last_boxed,
     last_item_text,
     last_message,
@@ -121,18 +121,38 @@ def test_thinking_is_left_out(text: str, left: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "contents"),
+    ("text", "content"),
     [
-        (r"\boxed{1} and \boxed{2}", ["1", "2"]),
-        (r"\boxed{\frac{1}{2}}", [r"\frac{1}{2}"]),
-        (r"\boxed{a \boxed{b}}", [r"a \boxed{b}", "b"]),
-        (r"\boxed{1} and \boxed{2", ["1"]),
-        (r"\boxed {1}", []),
-        ("", []),
+        (r"\boxed{1} and \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{a \boxed{b}}", "b"),
+        (r"\boxed{1} and \boxed{2", "1"),
+        (r"\boxed{1 and {\boxed{2", None),
+        (r"\boxed {1}", None),
+        ("", None),
     ],
 )
-def test_boxes_with_balanced_braces_are_found_in_order(text: str, contents: list[str]) -> None:
-    assert boxed(text) == contents
+def test_the_last_box_that_balances_is_found(text: str, content: str | None) -> None:
+    assert last_balanced_boxed(text) == content
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda n: last_balanced_boxed("\\boxed{" * n),
+        lambda n: last_balanced_boxed("\\boxed{" * n + "}" * n),
+        lambda n: last_boxed("\\boxed{" * n + "}" * n),
+        lambda n: peel_text("\\text{" * n + "}" * n),
+        lambda n: peel_text("\\text{" * n),
+        lambda n: without_think("<think>" * n),
+        lambda n: without_think("</think>" * n),
+        lambda n: without_think("<think>" * n + "</think>" * n),
+        lambda n: without_think("<think></think>" * n),
+    ],
+)
+@pytest.mark.timeout(20)
+def test_repetitions_are_read_in_linear_time(read: Callable[[int], object]) -> None:
+    read(200_000)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +166,6 @@ def test_boxes_with_balanced_braces_are_found_in_order(text: str, contents: list
 )
 def test_the_last_box_counts_even_when_it_does_not_balance(text: str, content: str | None) -> None:
     assert last_boxed(text) == content
-
-
-def test_a_box_that_does_not_balance_still_has_a_place() -> None:
-    assert list(boxed_spans(r"a\boxed{1}\boxed{")) == [(1, "1"), (10, None)]
 
 
 @pytest.mark.parametrize(

@@ -251,3 +251,9 @@ def test_a_side_that_is_gone_is_a_breach_of_the_protocol(pipe: tuple[int, int]) 
         send(pipe[1], 1)
     with pytest.raises(ProtocolError, match="Bad file descriptor"):
         receive(pipe[0])
+
+
+@pytest.mark.parametrize("frame", [["c", "0x1p0"], ["r", "0x1"], ["f", "0x1p99999"]])
+def test_a_frame_that_lacks_or_overflows_is_against_the_protocol(frame: list[str]) -> None:
+    with pytest.raises(ProtocolError):
+        decode(frame, lambda _: None)

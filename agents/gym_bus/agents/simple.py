@@ -14,9 +14,10 @@ from msgspec import Meta
 from gym_bus.agents.base import Context, Produced, Task
 from gym_bus.agents.registry import TOOLBOXES
 from gym_bus.agents.tools import Toolbox, call_tool
-from gym_bus.errors import DeadlineExceeded, TaskError, UsageError
+from gym_bus.errors import DeadlineExceeded, ModelError, TaskError, UsageError
 from gym_bus.messages import Usage
 from gym_bus.models.api import Reply
+from gym_bus.models.body import usage_body
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,14 +34,18 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class _Item(msgspec.Struct, frozen=True):
-    type: str = "message"
-    role: str = "assistant"
-    name: str = ""
-    arguments: str = ""
-    call_id: str = ""
+    type: Any = "message"
+    role: Any = "assistant"
+
+
+class _FunctionCall(msgspec.Struct, frozen=True):
+    name: str | None = None
+    arguments: str | None = None
+    call_id: str | None = None
 
 
 _item_decoder = msgspec.json.Decoder(_Item)
+_call_decoder = msgspec.json.Decoder(_FunctionCall)
 
 
 class SimpleAgent:
@@ -82,12 +87,16 @@ class SimpleAgent:
         limit = self._options.max_total_tokens
         return limit is not None and usage.total_tokens >= limit
 
-    async def _use_tools(self, calls: list[_Item], context: Context, toolbox: Toolbox | None) -> list[msgspec.Raw]:
+    async def _use_tools(
+        self, calls: list[_FunctionCall], context: Context, toolbox: Toolbox | None
+    ) -> list[msgspec.Raw]:
         limit_s = min(self._options.tool_limit_s, context.left_s)
         if limit_s <= 0:
             raise DeadlineExceeded("the rollout ran past its time before its tools could run")
-        outputs = await context.use_tools(*(call_tool(toolbox, c.name, c.arguments, limit_s) for c in calls))
-        return [_tool_output(call.call_id, output) for call, output in zip(calls, outputs, strict=True)]
+        outputs = await context.use_tools(
+            *(call_tool(toolbox, c.name or "", c.arguments or "", limit_s) for c in calls)
+        )
+        return [_tool_output(call.call_id or "", output) for call, output in zip(calls, outputs, strict=True)]
 
 
 def _as_items(given: Any) -> list[Any]:
@@ -98,11 +107,14 @@ def _as_items(given: Any) -> list[Any]:
     raise TaskError("responses_create_params.input must be a string or a list of items")
 
 
-def _calls_of(reply: Reply) -> tuple[list[_Item], bool]:
+def _calls_of(reply: Reply) -> tuple[list[_FunctionCall], bool]:
     """The function calls of one reply, and whether the assistant said anything."""
-    items = [_item_decoder.decode(raw) for raw in reply.head.output]
-    calls = [item for item in items if item.type == "function_call"]
-    return calls, any(item.type == "message" and item.role == "assistant" for item in items)
+    try:
+        items = [(_item_decoder.decode(raw), raw) for raw in reply.head.output]
+        calls = [_call_decoder.decode(raw) for item, raw in items if item.type == "function_call"]
+    except msgspec.ValidationError as e:
+        raise ModelError(f"the endpoint's reply has a malformed output item: {e}", 200) from None
+    return calls, any(item.type == "message" and item.role == "assistant" for item, _ in items)
 
 
 def _tool_output(call_id: str, output: str) -> msgspec.Raw:
@@ -114,15 +126,5 @@ def _final(reply: Reply, produced: list[msgspec.Raw], usage: Usage, *, single: b
         return reply.body
     response = msgspec.json.decode(reply.body, type=dict[str, msgspec.Raw])
     response["output"] = msgspec.Raw(msgspec.json.encode(produced))
-    response["usage"] = msgspec.Raw(msgspec.json.encode(_usage_object(usage)))
+    response["usage"] = msgspec.Raw(usage_body(usage))
     return msgspec.json.encode(response)
-
-
-def _usage_object(usage: Usage) -> dict[str, Any]:
-    return {
-        "input_tokens": usage.input_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
-        "output_tokens": usage.output_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
-        "total_tokens": usage.total_tokens,
-    }

@@ -47,21 +47,22 @@ async def call_tool(toolbox: Toolbox | None, name: str, arguments: str, limit_s:
     """
     try:
         decoded = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as e:
         return _error(f"Invalid tool call arguments: {e}")
     known = toolbox.names() if toolbox else ()
     if toolbox is None or name not in known:
         return _error(f"Unknown tool {name!r}: {did_you_mean(name, known)}")
     try:
         output = await asyncio.wait_for(toolbox.call(name, decoded), limit_s)
+        text = output if isinstance(output, str) else msgspec.json.encode(output).decode()
+        return text.encode(errors="replace").decode()
     except TimeoutError:
         return _error(f"The tool did not answer within {limit_s:g} s")
     except ToolError as e:
         return _error(str(e))
     except Exception as e:  # a tool is foreign code: whatever it raises is its output, never the end of the rollout
         return _error(f"{type(e).__name__}: {e}")
-    return output if isinstance(output, str) else msgspec.json.encode(output).decode()
 
 
 def _error(text: str) -> str:
-    return msgspec.json.encode({"error": text[:2000]}).decode()
+    return msgspec.json.encode({"error": text[:2000].encode(errors="replace").decode()}).decode()

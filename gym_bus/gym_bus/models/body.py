@@ -23,9 +23,9 @@ def count_tokens(text: str) -> int:
 
 
 def usage_body(usage: Usage) -> bytes:
-    """The `usage` object of a response."""
+    """The `usage` object of a response; details that are unknown count 0, as its schema demands numbers."""
     return (
-        b'{"input_tokens":%d,"input_tokens_details":{"cached_tokens":%d},"output_tokens":%d,'
+        b'{"input_tokens":%d,"input_tokens_details":{"cached_tokens":%d,"cache_write_tokens":0},"output_tokens":%d,'
         b'"output_tokens_details":{"reasoning_tokens":%d},"total_tokens":%d}'
         % (
             usage.input_tokens,

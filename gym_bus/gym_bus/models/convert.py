@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from gym_bus.errors import TaskError
-from gym_bus.messages import Usage
+from gym_bus.models.body import usage_body
 from gym_bus.models.wire import ChatChoice, WireChat
 
 _PASSED_ON = (
@@ -167,25 +167,14 @@ def response_object(chat: WireChat, choice: ChatChoice, params: Mapping[str, Any
         "status": "incomplete" if reason else "completed",
         "model": chat.model,
         "output": _output(choice, ident, split_think=split_think),
-        "parallel_tool_calls": params.get("parallel_tool_calls", True),
-        "tool_choice": params.get("tool_choice", "auto"),
-        "tools": params.get("tools", []),
+        "parallel_tool_calls": params.get("parallel_tool_calls") is not False,
+        "tool_choice": params.get("tool_choice") or "auto",
+        "tools": params.get("tools") or [],
         "error": None,
         "incomplete_details": {"reason": reason} if reason else None,
-        "usage": usage_object(usage) if usage else None,
+        "usage": msgspec.Raw(usage_body(usage)) if usage else None,
     }
     return msgspec.json.encode(made)
-
-
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """`usage` as the Responses API has it; details that are unknown count 0, as its schema demands a number."""
-    return {
-        "input_tokens": usage.input_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
-        "output_tokens": usage.output_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
-        "total_tokens": usage.total_tokens,
-    }
 
 
 def _output(choice: ChatChoice, ident: str, *, split_think: bool) -> list[dict[str, Any]]:

@@ -38,8 +38,8 @@ class _Body(httpx2.AsyncByteStream):
 class AiohttpTransport(httpx2.AsyncBaseTransport):
     """Carries the client's requests over a shared aiohttp session."""
 
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self._session = session
+    def __init__(self, session: aiohttp.ClientSession, call_limit_s: float) -> None:
+        self._session, self._call_limit_s = session, call_limit_s
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """One exchange; errors become those that the client knows how to name."""
@@ -50,7 +50,7 @@ class AiohttpTransport(httpx2.AsyncBaseTransport):
                 str(request.url),
                 headers=headers,
                 data=await request.aread(),
-                timeout=_timeout(request.extensions.get("timeout", {})),
+                timeout=self._timeout(request.extensions.get("timeout", {})),
                 allow_redirects=False,
             )
         except aiohttp.ConnectionTimeoutError as e:
@@ -64,9 +64,10 @@ class AiohttpTransport(httpx2.AsyncBaseTransport):
         kept = [(key, value) for key, value in reply.headers.items() if key.lower() not in _DECODED]
         return httpx2.Response(reply.status, headers=kept, stream=_Body(reply), request=request)
 
-
-def _timeout(limits: Mapping[str, float | None]) -> aiohttp.ClientTimeout:
-    return aiohttp.ClientTimeout(total=None, sock_connect=limits.get("connect"), sock_read=limits.get("read"))
+    def _timeout(self, limits: Mapping[str, float | None]) -> aiohttp.ClientTimeout:
+        return aiohttp.ClientTimeout(
+            total=self._call_limit_s, sock_connect=limits.get("connect"), sock_read=limits.get("read")
+        )
 
 
 def make_openai_client(name: str, config: ModelConfig, session: aiohttp.ClientSession) -> AsyncOpenAI:
@@ -84,5 +85,5 @@ def make_openai_client(name: str, config: ModelConfig, session: aiohttp.ClientSe
         max_retries=0,
         timeout=timeout,
         default_headers=config.headers,
-        http_client=httpx2.AsyncClient(transport=AiohttpTransport(session), timeout=timeout),
+        http_client=httpx2.AsyncClient(transport=AiohttpTransport(session, config.call_limit_s), timeout=timeout),
     )

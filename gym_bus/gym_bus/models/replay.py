@@ -24,6 +24,7 @@ from gym_bus.messages import Usage
 from gym_bus.models.api import CallInfo, Reply, ResponseHead
 from gym_bus.models.body import count_tokens, response_body
 from gym_bus.models.prompts import prompt_text
+from gym_bus.models.wire import ResponsesUsage
 
 CACHED_LINES = 64
 NOT_FOUND = 404
@@ -38,21 +39,8 @@ class _Line(msgspec.Struct, frozen=True):
     responses: list[msgspec.Raw] | None = None
 
 
-class _UsageDetails(msgspec.Struct, frozen=True):
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
-
-
-class _RecordedUsage(msgspec.Struct, frozen=True):
-    input_tokens: int = 0
-    output_tokens: int = 0
-    total_tokens: int = 0
-    input_tokens_details: _UsageDetails | None = None
-    output_tokens_details: _UsageDetails | None = None
-
-
 class _Recorded(msgspec.Struct, frozen=True):
-    usage: _RecordedUsage | None = None
+    usage: ResponsesUsage | None = None
 
 
 _line = msgspec.json.Decoder(_Line)
@@ -99,7 +87,10 @@ class ReplayModel:
                 raise DataError(f"{where}: a second line for task {line.task_index}")
             self._by_task[line.task_index] = len(self._offsets)
         if line.prompt is not None:
-            self._by_prompt.setdefault(_digest(line.prompt), len(self._offsets))
+            digest = _digest(line.prompt)
+            if line.task_index is None and digest in self._by_prompt:
+                raise DataError(f"{where}: a second line for the same prompt")
+            self._by_prompt.setdefault(digest, len(self._offsets))
         self._offsets.append(offset)
         self._lengths.append(len(raw))
 
@@ -167,16 +158,7 @@ class ReplayModel:
 
 def _usage(body: bytes) -> Usage:
     usage = _recorded.decode(body).usage
-    if usage is None:
-        return Usage()
-    inputs, outputs = usage.input_tokens_details, usage.output_tokens_details
-    return Usage(
-        input_tokens=usage.input_tokens,
-        output_tokens=usage.output_tokens,
-        total_tokens=usage.total_tokens,
-        cached_tokens=inputs.cached_tokens if inputs else None,
-        reasoning_tokens=outputs.reasoning_tokens if outputs else None,
-    )
+    return usage.plain() if usage else Usage()
 
 
 def _checked(raw: bytes, where: str) -> _Line:
@@ -201,6 +183,8 @@ def _check_recording(body: bytes, where: str) -> None:
     for one in msgspec.json.decode(body, type=list[msgspec.Raw]) if body.lstrip().startswith(b"[") else [body]:
         if "output" not in _keys.decode(one):
             raise DataError(f"{where}: a recorded response has no `output`")
+        _head.decode(one)
+        _recorded.decode(one)
 
 
 def _digest(prompt: str) -> bytes:

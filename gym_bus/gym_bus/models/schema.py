@@ -63,15 +63,34 @@ def check_create_params(params: dict[str, Any], where: str) -> None:
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
         raise DataError(f"{at}.metadata: expected an object whose values are strings")
+    _check_tools(params.get("tools"), at)
     try:
         _adapter().validate_python(params)
     except ValidationError as e:
         raise DataError(f"{at}.{_explain(e.errors(include_url=False))}") from None
 
 
+def _check_tools(tools: Any, at: str) -> None:
+    # The client's own type is an iterable, which is checked only when somebody iterates.
+    if tools is not None and not isinstance(tools, list):
+        raise DataError(f"{at}.tools: expected a list")
+    for i, tool in enumerate(tools or []):
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if not isinstance(kind, str):
+            raise DataError(f"{at}.tools.{i}: expected an object with a `type`")
+        if kind == "function" and not (isinstance(tool.get("name"), str) and tool["name"]):
+            raise DataError(f"{at}.tools.{i}.name: a function needs a name")
+
+
+_UNION_BRANCHES = frozenset({"str", "int", "float", "bool", "list", "dict", "nullable"})
+
+
 def _explain(errors: list[Any]) -> str:
     # Of a union every branch complains; the complaint that lies deepest belongs to the branch that was meant.
     deepest = max(errors, key=lambda error: len(error["loc"]))
-    first = next((error for error in errors if error["loc"][:1] == deepest["loc"][:1]), deepest)
-    path = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier())
-    return f"{path or first['loc'][0]}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    path = ".".join(
+        str(part)
+        for part in deepest["loc"]
+        if isinstance(part, int) or (str(part).isidentifier() and part.islower() and part not in _UNION_BRANCHES)
+    )
+    return f"{path or deepest['loc'][0]}: {deepest['msg'][:1].lower()}{deepest['msg'][1:]}"

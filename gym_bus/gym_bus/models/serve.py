@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from gym_bus.models.simulated import RETRY_AFTER_S, Draw, SimulatedModel
 
 MAX_REQUEST_BYTES = 64 * 2**20
 HANG_LIMIT_S = 3600.0
+REMEMBERED = 131_072
+"""Rollouts whose calls are counted."""
 SHUTDOWN_LIMIT_S = 1.0
 
 _request = msgspec.json.Decoder(dict[str, Any])
@@ -46,7 +49,7 @@ class _Server:
     ) -> None:
         self._model, self._prompts, self._api_key = model, prompts, api_key
         self._calls = itertools.count()
-        self._steps: dict[str, int] = {}
+        self._calls_of: OrderedDict[str, int] = OrderedDict()
 
     async def responses(self, request: web.Request) -> web.Response:
         return await self._answer(request, chat=False)
@@ -67,12 +70,14 @@ class _Server:
             raise _Refused(401, error_body("wrong api key", "authentication_error", "invalid_api_key"))
         try:
             asked = _request.decode(await request.read())
-        except msgspec.DecodeError as e:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
             raise _Refused(400, error_body(f"the request is not a JSON object: {e}", "invalid_request_error")) from None
         given = asked.get("messages" if chat else "input")
         if given is None:
             key = "messages" if chat else "input"
             raise _Refused(400, error_body(f"missing required parameter: '{key}'", "invalid_request_error"))
+        if isinstance(given, list) and not all(isinstance(item, dict) for item in given):
+            raise _Refused(400, error_body("expected a list of objects", "invalid_request_error"))
         if asked.get("stream"):
             raise _Refused(400, error_body("this server does not stream", "invalid_request_error", "unsupported"))
         prompt = prompt_text(given)
@@ -84,13 +89,12 @@ class _Server:
     def _identity(self, request: web.Request, prompt: str) -> _Identity:
         header = request.headers.get("X-Gym-Rollout", "")
         parts = header.split("/")
-        if len(parts) == 4 and all(p.isdigit() for p in parts[1:]):
+        if len(parts) == 4 and all(p.isascii() and p.isdigit() for p in parts[1:]):
             return _Identity(int(parts[1]), int(parts[2]), int(parts[3]))
         return _Identity(self._prompts.get(prompt) if self._prompts else None, 0, 1)
 
     async def _simulate(self, model: SimulatedModel, prompt: str, who: _Identity, chat: bool) -> bytes:
-        key = f"{who.task}.{who.rollout}/{who.attempt}" if who.task is not None else str(next(self._calls))
-        draw = model.draw(key)
+        draw = model.draw(self._key(who))
         if draw.fault == "hang":
             await asyncio.sleep(HANG_LIMIT_S)
         if draw.latency_s:
@@ -106,6 +110,16 @@ class _Server:
             usage=usage,
             created_at=int(time.time()),
         )
+
+    def _key(self, who: _Identity) -> str:
+        """Names a call: each step and each retry of a rollout draws anew, and the same in every run."""
+        if who.task is None:
+            return str(next(self._calls))
+        key = f"{who.task}.{who.rollout}/{who.attempt}"
+        number = self._calls_of[key] = self._calls_of.pop(key, -1) + 1
+        if len(self._calls_of) > REMEMBERED:
+            self._calls_of.popitem(last=False)
+        return f"{key}/{number}"
 
     def _replay(self, model: ReplayModel, given: Any, who: _Identity, chat: bool) -> bytes:
         try:
@@ -132,31 +146,46 @@ def _raise_fault(draw: Draw) -> None:
 
 
 def _steps_before(given: Any) -> int:
-    """How many model calls lie behind a conversation: its runs of items or messages that a model produced."""
-    steps, ours = 0, False
+    """How many model calls lie behind a conversation.
+
+    A call ends where tool outputs follow its items, or where the next call's reasoning begins. Assistant messages alone
+    do not count: an agent stops at them, so they are examples that the task gives.
+    """
+    steps, ours, spoke = 0, False, False
     for item in given if isinstance(given, list) else []:
         kind, role = item.get("type"), item.get("role")
-        produced = role == "assistant" or kind in ("function_call", "reasoning")
-        steps += produced and not ours
-        ours = produced
-    return steps
+        reasoned = kind == "reasoning" or bool(item.get("reasoning_content"))
+        answered = kind == "function_call_output" or role == "tool"
+        if (ours and (reasoned or answered)) or (spoke and answered):
+            steps, ours = steps + 1, False
+        ours = ours or reasoned or kind == "function_call" or bool(item.get("tool_calls"))
+        spoke = role == "assistant"
+    return steps + ours
 
 
 def _as_chat(reply: Reply, model: str) -> bytes:
     """A Responses object as the Chat Completions object that says the same."""
     texts: list[str] = []
     reasoning: list[str] = []
+    refusals: list[str] = []
     calls: list[dict[str, Any]] = []
     for raw in reply.head.output:
         item = msgspec.json.decode(raw, type=dict[str, Any])
+        parts = [part for part in item.get("content") or [] if isinstance(part, dict)]
         if item.get("type") == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             calls.append({"id": item.get("call_id"), "type": "function", "function": function})
         elif item.get("type") == "reasoning":
-            reasoning += [str(part.get("text", "")) for part in item.get("summary") or []]
+            reasoning += [str(part.get("text", "")) for part in parts or item.get("summary") or []]
         else:
-            texts += [str(part.get("text", "")) for part in item.get("content") or [] if "text" in part]
-    message: dict[str, Any] = {"role": "assistant", "content": "".join(texts) if texts or not calls else None}
+            texts += [str(part["text"]) for part in parts if "text" in part]
+            refusals += [str(part["refusal"]) for part in parts if "refusal" in part]
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": "".join(texts) if texts or not (calls or refusals) else None,
+    }
+    if refusals:
+        message["refusal"] = "".join(refusals)
     if reasoning:
         message["reasoning_content"] = "".join(reasoning)
     if calls:

@@ -93,7 +93,11 @@ class SimulatedModel:
         usage = Usage(input_tokens=spent, output_tokens=draw.tokens, total_tokens=spent + draw.tokens)
         name = f"{info.rollout.task_index}_{info.rollout.rollout_index}_{info.step}"
         body = response_body(
-            name=name, model=self.name, text=self.text(draw.tokens, draw.ending), usage=usage, created_at=int(time.time())
+            name=name,
+            model=self.name,
+            text=self.text(draw.tokens, draw.ending),
+            usage=usage,
+            created_at=int(time.time()),
         )
         call = self._tokens(spent, draw.tokens) if self._config.tokens else None
         return Reply(body=body, head=_head.decode(body), usage=usage, call=call)

@@ -71,15 +71,15 @@ class ChatUsage(msgspec.Struct, frozen=True):
 class ChatFunction(msgspec.Struct, frozen=True):
     """The function of a tool call; arguments are JSON text, as the model wrote it."""
 
-    name: str = ""
-    arguments: str = ""
+    name: str | None = ""
+    arguments: str | None = ""
 
 
 class ChatToolCall(msgspec.Struct, frozen=True):
     """One tool call of a message."""
 
     function: ChatFunction = ChatFunction()
-    id: str = ""
+    id: str | None = ""
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -122,9 +122,9 @@ class WireChat(msgspec.Struct, frozen=True):
     choices: list[ChatChoice] | None = None
     usage: ChatUsage | None = None
     error: Any = None
-    id: str = ""
-    created: float = 0.0
-    model: str = ""
+    id: str | None = ""
+    created: float | None = 0.0
+    model: str | None = ""
     prompt_token_ids: list[int] | None = None
 
 

@@ -27,6 +27,7 @@ class MemoryGroup:
         for parent, version in ((_own_v2(), 2), (_ROOT / "memory", 1)):
             if parent is None or not parent.is_dir():
                 continue
+            _sweep(parent)
             folder = parent / f"gym-bus-{os.getpid()}-{next(_numbers)}"
             try:
                 folder.mkdir()
@@ -76,6 +77,15 @@ class MemoryGroup:
         """Delete the group; it must be empty."""
         with contextlib.suppress(OSError):
             self._folder.rmdir()
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the empty groups of owners that were killed."""
+    for folder in parent.glob("gym-bus-*"):
+        owner = folder.name.split("-")[2]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _own_v2() -> Path | None:

@@ -5,6 +5,7 @@ The program's text, arguments and files come through a descriptor that only this
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -29,12 +30,13 @@ def run(fds: list[int], ready: int, limits: dict[str, Any], ids: bool) -> NoRetu
         limits: as the zygote got them.
         ids: switch to a user of the program's own.
     """
+    pipe = [ready]
     try:
         _limit(limits)
         _become_nobody(ids)
-        source, arguments = _set_up(fds, ready)
+        source, arguments = _set_up(fds, pipe)
     except BaseException as e:  # whatever fails here is the sandbox's fault, and is said on the way out
-        os.write(ready, b"E" + f"{type(e).__name__}: {e}".encode(errors="replace")[:500])
+        os.write(pipe[0], b"E" + f"{type(e).__name__}: {e}".encode(errors="replace")[:500])
         os._exit(SETUP_FAILED)
     try:
         code = compile(source, "main.py", "exec", dont_inherit=True)
@@ -75,9 +77,9 @@ def _become_nobody(ids: bool) -> None:
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
 
 
-def _set_up(fds: list[int], ready: int) -> tuple[bytes, list[str]]:
+def _set_up(fds: list[int], pipe: list[int]) -> tuple[bytes, list[str]]:
     # Out of the way of the low numbers first, then into place: no dup2 overwrites one that is still needed.
-    high = [os.dup2(fd, 20 + i, inheritable=False) for i, fd in enumerate([*fds, ready])]
+    high = [os.dup2(fd, 20 + i, inheritable=False) for i, fd in enumerate([*fds, *pipe])]
     for target in range(3):
         os.dup2(high[target], target)
     if len(fds) > 4:
@@ -85,6 +87,7 @@ def _set_up(fds: list[int], ready: int) -> tuple[bytes, list[str]]:
     else:
         os.closerange(3, 4)
     os.dup2(high[-1], READY, inheritable=False)
+    pipe[0] = READY
     program = os.dup2(high[3], 10, inheritable=False)
     os.closerange(4, READY)
     os.closerange(11, 4096)
@@ -106,10 +109,31 @@ def _read(fd: int) -> bytes:
     return os.read(fd, MAX_PROGRAM_BYTES)
 
 
+class _Stderr(io.RawIOBase):
+    """Standard error that is cut at its limit: what is over it is dropped, and the program goes on."""
+
+    def fileno(self) -> int:
+        """2."""
+        return 2
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """All of it is taken."""
+        try:
+            os.write(2, data)
+        except OSError:
+            pass
+        return len(data)
+
+
 def _execute(code: Any) -> NoReturn:
     import builtins
     import types
 
+    sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Stderr()), errors="backslashreplace", line_buffering=True)
     main = types.ModuleType("__main__")
     main.__dict__.update(__builtins__=builtins, __file__="main.py")
     sys.modules["__main__"] = main

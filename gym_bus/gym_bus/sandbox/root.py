@@ -83,20 +83,39 @@ def clean_scratch() -> bool:
     try:
         entries = os.listdir(SCRATCH)
         if entries:
-            _remove_all(os.open(SCRATCH, os.O_RDONLY | os.O_DIRECTORY))
+            _empty(SCRATCH)
         return not entries or not os.listdir(SCRATCH)
     except OSError:
         return False
 
 
-def _remove_all(folder: int) -> None:
-    """Remove everything below an open folder, never following a link."""
+def _empty(path: str) -> None:
+    """Remove everything in a folder, never following a link; however deep it is, three descriptors are enough."""
+    top = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        for name in os.listdir(folder):
-            try:
-                os.unlink(name, dir_fd=folder)
-            except (IsADirectoryError, PermissionError):
-                _remove_all(os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder))
-                os.rmdir(name, dir_fd=folder)
+        while names := os.listdir(top):
+            for name in names:
+                if not _unlinked(name, top):
+                    _flatten(name, top)
+                    os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+
+
+def _flatten(name: str, top: int) -> None:
+    """Empty one folder: its files go, its folders move up, to be emptied in their turn."""
+    folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+    try:
+        for inner in os.listdir(folder):
+            if not _unlinked(inner, folder):
+                os.rename(inner, os.urandom(12).hex(), src_dir_fd=folder, dst_dir_fd=top)
     finally:
         os.close(folder)
+
+
+def _unlinked(name: str, folder: int) -> bool:
+    try:
+        os.unlink(name, dir_fd=folder)
+    except (IsADirectoryError, PermissionError):
+        return False
+    return True

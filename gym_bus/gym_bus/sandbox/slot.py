@@ -9,6 +9,7 @@ import fcntl
 import importlib.util
 import itertools
 import json
+import mmap
 import os
 import signal
 import socket
@@ -66,15 +67,12 @@ class Zygote:
         Raises:
             SandboxError: the kernel does not let us have the isolation that is promised; says what failed.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
         self._group = MemoryGroup.create()
         try:
-            self._process = _launch(theirs, self._preload, self._modules, forks=self._group is not None)
-        finally:
-            theirs.close()
-        ours.setblocking(False)
-        self._control = ours
-        try:
+            with theirs:
+                self._process = _launch(theirs, self._preload, self._modules, forks=self._group is not None)
             if self._group:
                 self._group.add(self._process.pid)
             await self._handshake()
@@ -259,15 +257,14 @@ class _Capture:
     def __init__(self, name: str, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, limit_bytes + 1)
+        # Whole pages, and room for a byte too many: the kernel writes page by page and refuses at the end.
+        os.ftruncate(self.fd, (limit_bytes // mmap.PAGESIZE + 1) * mmap.PAGESIZE)
         fcntl.fcntl(self.fd, _ADD_SEALS, _SEAL_GROW | _SEAL_SHRINK | _SEAL_SEAL)
 
     def read(self) -> tuple[bytes, bool]:
         """What was written, cut at the limit, and whether it was cut."""
-        written = min(os.lseek(self.fd, 0, os.SEEK_CUR), self._limit + 1)
-        # A write that crosses the end is refused as a whole from its last page on.
-        full = written > self._limit - 4096 and written >= self._limit - self._limit % 4096
-        return os.pread(self.fd, min(written, self._limit), 0), full
+        written = os.lseek(self.fd, 0, os.SEEK_CUR)
+        return os.pread(self.fd, min(written, self._limit), 0), written > self._limit
 
     def close(self) -> None:
         os.close(self.fd)
@@ -365,7 +362,7 @@ class Slot:
         try:
             fds = [_memfd("stdin", stdin), os.dup(out.fd), os.dup(err.fd), _memfd("program", _pack(program))]
             said, starved = await zygote.run([*fds, *([joined] if joined is not None else [])], limits)
-            return _outcome(said, starved, limits, out.read(), err.read())
+            return _outcome(said, starved, limits, out.read(), err.read()[0])
         finally:
             out.close()
             err.close()
@@ -377,9 +374,7 @@ class Slot:
             await self._partner.kill()
 
 
-def _outcome(
-    said: dict[str, Any], starved: bool, limits: Limits, out: tuple[bytes, bool], err: tuple[bytes, bool]
-) -> Outcome:
+def _outcome(said: dict[str, Any], starved: bool, limits: Limits, out: tuple[bytes, bool], err: bytes) -> Outcome:
     status = int(said["status"])
     code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
     killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
@@ -390,11 +385,11 @@ def _outcome(
         raise SandboxError(f"the program could not be set up: {why}")
     cpu_s = float(said.get("cpu_s", 0.0))
     return Outcome(
-        ended=_cause(said, starved, limits, code, killed_by, cpu_s, out[1] or err[1], err[0]),
+        ended=_cause(said, starved, limits, code, killed_by, cpu_s, out[1], err),
         exit_code=code,
         signal=killed_by,
         stdout=out[0],
-        stderr=err[0],
+        stderr=err,
         wall_s=float(said.get("wall_s", 0.0)),
         cpu_s=cpu_s,
         max_rss_bytes=int(said.get("max_rss_bytes", 0)),

@@ -48,6 +48,7 @@ sys.setrecursionlimit(50000)
 """
 """What LiveCodeBench's harness puts before every program; many recorded answers rely on it."""
 
+_TRACEBACK = b"Traceback (most recent call last)"
 WRONG, TOO_SLOW, FAILED = -2, -3, -4
 """LiveCodeBench's result codes."""
 _REASONS = {
@@ -149,11 +150,24 @@ def _tests(row: dict[str, Any]) -> _Tests:
             f"verifier_metadata.unit_tests has {len(tests.inputs)} inputs and {len(tests.outputs)} outputs: "
             "expected as many, and at least one"
         )
+    if tests.fn_name is not None:
+        _check_arguments(tests.inputs)
     return tests
 
 
+def _check_arguments(inputs: list[str]) -> None:
+    for number, text in enumerate(inputs):
+        try:
+            for line in text.split("\n"):
+                if line.strip():
+                    json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise TaskError(f"verifier_metadata.unit_tests.inputs[{number}]: not JSON arguments: {e}") from None
+
+
 def _judge(outcome: Outcome, expected: str) -> Any:
-    if not outcome.ok:
+    # A program that says `exit(1)` has ended by its own will, and its output counts; one that raised has failed.
+    if not outcome.ok and (outcome.ended is not Ended.FINISHED or _TRACEBACK in outcome.stderr):
         return _REASONS[outcome.ended][1]
     return True if same_output(outcome.stdout.decode(errors="replace"), expected) else WRONG
 
@@ -201,7 +215,7 @@ def _thinking_leaks(text: str, response: dict[str, Any]) -> bool:
         str(part.get("text", ""))
         for item in (items if isinstance(items, list) else [])
         if isinstance(item, dict) and item.get("type") == "reasoning"
-        for part in item.get("summary") or []
+        for part in (item["summary"] if isinstance(item.get("summary"), list) else [])
         if isinstance(part, dict)
     ]
     thought = "".join(summaries)

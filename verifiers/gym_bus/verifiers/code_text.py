@@ -15,16 +15,23 @@ def last_block(text: str) -> str | None:
     if "```" not in text:
         return text if text.strip() else None
     start = text.rfind("```python")
-    if start < 0:
-        fences = [found.start() for found in re.finditer("```", text)]
-        if len(fences) < 2:
+    if start >= 0:
+        start += len("```python")
+    else:
+        fences = [found.end() for found in re.finditer("```", text)]
+        if len(fences) % 2:
             return None
-        start = fences[-2] if len(fences) % 2 == 0 else fences[-3]
-    body, closing, _ = text[start + 3 :].partition("```")
+        start = fences[-2]
+    body, closing, _ = text[start:].partition("```")
     if not closing:
         return None
-    code = body.partition("\n")[2]
+    first, newline, rest = body.partition("\n")
+    code = rest if newline and _INFO.fullmatch(first) else body.lstrip(" ")
     return code if code.strip() else None
+
+
+_INFO = re.compile(r"[\w+.#-]*\s*")
+"""What may stand behind an opening fence: a language, or the rest of its name."""
 
 
 def between_last_fences(text: str) -> str | None:

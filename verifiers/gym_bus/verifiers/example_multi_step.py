@@ -44,6 +44,6 @@ class ExampleMultiStep:
 def _values(arguments: Any) -> Any:
     try:
         decoded = msgspec.json.decode(arguments, type=dict[str, Any])
-    except (msgspec.DecodeError, TypeError):
+    except (msgspec.DecodeError, TypeError, RecursionError, UnicodeError):
         return []
     return decoded.get("synonym_values", [])

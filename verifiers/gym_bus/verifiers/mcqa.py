@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, cast
@@ -29,9 +31,10 @@ _ONE_LETTER = re.compile(r"^[^A-Za-z]*([A-Z])[^A-Za-z]*$")
 _LEADING_LETTER = re.compile(r"^\s*([A-Z])\s*[:).\-]")
 _ANSWER_COLON = re.compile(r"(?i)answer\s*:\s*(.+)")
 _ANSWER_COLON_MD = re.compile(r"(?im)[*_]{0,2}Answer[*_]{0,2}\s*:[*_\s]{0,2}(.+)")
-_TWO_LETTERS = re.compile(r"(?<![A-Za-z0-9])([A-Z])((?:\s|[/|&,;]|\b(?:or|OR|and|AND)\b)+)([A-Z])(?![A-Za-z0-9])")
+_ALONE = re.compile(r"(?<![A-Za-z])([A-Za-z])(?![A-Za-z])")
+_SEPARATOR = re.compile(r"\s*[/|&,;]\s*|\s+(?:or|and)\s+|\s+", re.IGNORECASE)
 _LEADING_ALONE = re.compile(r"^([A-Za-z])(?![A-Za-z0-9])")
-_CAPITAL_ALONE = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?![A-Za-z0-9])")
+_CAPITAL_ALONE = re.compile(r"\b[A-Z]\b")
 _SPACES = re.compile(r"\s+")
 
 
@@ -106,7 +109,7 @@ def _by_row_regex(text: str, row: dict[str, Any], choices: dict[str, str]) -> st
     """The row's own patterns, in order; the first that yields a letter wins."""
     metadata = row.get("template_metadata")
     patterns = metadata.get("output_regex") if isinstance(metadata, dict) else None
-    for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, list) else []:
         compiled = _compiled(pattern) if isinstance(pattern, str) else None
         found = compiled.findall(text[-REGEX_TEXT_LIMIT:]) if compiled else []
         if found and isinstance(found[-1], str) and (letter := _letter_or_text(found[-1], choices)):
@@ -161,25 +164,25 @@ def _answer_colon(text: str, choices: dict[str, str]) -> str | None:
 
 
 def _answer_colon_md(text: str, choices: dict[str, str]) -> str | None:
-    for payload in reversed(_ANSWER_COLON_MD.findall(text)):
-        if letter := _md_letter(payload, choices):
-            return letter
-    return None
+    payloads = _ANSWER_COLON_MD.findall(unicodedata.normalize("NFKC", text))
+    return next((letter for payload in reversed(payloads) if (letter := _md_letter(payload, choices))), None)
 
 
 def _md_letter(payload: str, choices: dict[str, str]) -> str | None:
     answer = _latin(payload).strip("*_` \t\n\r.,;:")
-    for pair in _TWO_LETTERS.finditer(answer):
-        first, second = pair[1], pair[3]
-        if first != second and first in choices and second in choices:
-            return None  # it names two options
-    if len(answer) == 1:
-        letter = answer.upper()
-        return letter if letter in choices else None
-    if (leading := _LEADING_ALONE.match(answer)) and leading[1].upper() in choices:
-        return leading[1].upper()
-    alone = [letter for letter in _CAPITAL_ALONE.findall(answer) if letter in choices]
-    return alone[-1] if alone else None
+    if _names_several(answer, choices):
+        return None
+    found = [answer] if len(answer) == 1 else _LEADING_ALONE.findall(answer) or _CAPITAL_ALONE.findall(answer)[-1:]
+    return found[0].upper() if found and found[0].upper() in choices else None
+
+
+def _names_several(answer: str, choices: dict[str, str]) -> bool:
+    """Whether two different options stand next to each other with only a separator between them."""
+    named = [found for found in _ALONE.finditer(answer) if found[1].upper() in choices]
+    return any(
+        a[1].upper() != b[1].upper() and _SEPARATOR.fullmatch(answer, a.end(), b.start())
+        for a, b in itertools.pairwise(named)
+    )
 
 
 _MODES: dict[Mode, Callable[[str, dict[str, str]], str | None]] = {

@@ -19,6 +19,7 @@ SANDBOX_MODULES = ("gym_bus.verifiers.solution_side", "gym_bus.verifiers.tester_
 """What the harnesses of code verifiers are made of; loaded before the first program, so they cost nothing per check."""
 
 _object = msgspec.json.Decoder(dict[str, Any])
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -71,7 +72,7 @@ def build(name: str, options: bytes) -> AnyVerifier:
     made = VERIFIERS.load(name)
     try:
         return made(**_object.decode(options))
-    except TypeError as e:
+    except (TypeError, msgspec.DecodeError) as e:
         raise UsageError(f"options of verifier {name!r}: {e}") from None
 
 
@@ -79,11 +80,11 @@ def task_of(row: bytes, response: bytes) -> Task:
     """Row and response, decoded. Raises TaskError where the row is no JSON object."""
     try:
         decoded = _object.decode(row)
-    except msgspec.DecodeError as e:
+    except _UNREADABLE as e:
         raise TaskError(f"the row cannot be read: {e}") from None
     try:
         answered = _object.decode(response)
-    except msgspec.DecodeError:  # whatever the endpoint sent, it is no answer
+    except _UNREADABLE:  # whatever the endpoint sent, it is no answer
         answered = {}
     return Task(row=decoded, response=answered)
 

@@ -2,6 +2,7 @@ r"""Short answers as text: NeMo Gym's `string_match` rules, with everything that
 
 from __future__ import annotations
 
+import contextlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from gym_bus.errors import TaskError
 from gym_bus.messages import Verdict
 from gym_bus.verifiers.base import Placement, Task
 from gym_bus.verifiers.options import read_options
-from gym_bus.verifiers.text import boxed, joined_messages, peel_text
+from gym_bus.verifiers.text import braces, joined_messages, last_balanced_boxed, peel_text
 
 Mode = Literal["final_answer", "boxed", "last_line", "full_response"]
 MODES: tuple[Mode, ...] = ("final_answer", "boxed", "last_line", "full_response")
@@ -22,19 +23,19 @@ CLOSE = 0.98
 """Both the least likeness of two numbers that counts, and the reward of an answer that is only close."""
 
 _FINAL = re.compile(r"(?i)(?:final\s+answer|answer)\s*[:：]\s*(.+)")
-_THOUSANDS = re.compile(r"(\d),(\d{3})(?!\d)")
-_LATEX = re.compile(
-    r"\\(?:boxed|text|textbf|textit|texttt|mathrm|mathbf|mathit|mathsf|mathbb|mathcal|emph|url)\s*\{([^{}]*)\}"
-)
+_THOUSANDS = re.compile(r"(\d+),(\d+)")
+"""One pass, as NeMo Gym: of 1,234,567 the first comma goes."""
+_LATEX = re.compile(r"\\(?:boxed|text|textbf|textit|texttt|mathrm|mathbf|mathit|mathsf|mathbb|mathcal|emph|url)\s*\{")
 _DELIMITERS = re.compile(r"\\[()\[\]]|\$")
-_SPACES = re.compile(r"\s+")
-_LIST = re.compile(r"\s*[,;]\s*|\s+(?:or|and)\s+")
-_UNITS = re.compile(r"(?<=[\d.])\s*(?:\^\s*\{?\s*\\circ\s*\}?|°|(?:cm|mm|km|m)[²³23]?|kg)\s*[cf]?\s*$", re.IGNORECASE)
-_MONEY = re.compile(r"[£€$%,]|\\[%$]")
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_LIST = re.compile(r"[,;]|and|or")
+_UNITS = re.compile(r"\^\{?\\circ\}?|\\circ|°|(?<![a-z])(?:cm[²³]?|mm|km|m[²³]?|kg)(?![a-z])")
+_MONEY = re.compile(r"\\[%$]|[£€$%,]")
+_UNICODE_MATH = str.maketrans({"°": "^\\circ", "√": "\\sqrt", "π": "\\pi"})
+"""What is left to translate after NFKC, which has made superscripts and full-width signs plain."""
 _QUOTES = (('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"), ("`", "`"))
 
 _STATES = {
+    "district of columbia": "dc",
     "alabama": "al", "alaska": "ak", "arizona": "az", "arkansas": "ar", "california": "ca", "colorado": "co",
     "connecticut": "ct", "delaware": "de", "florida": "fl", "georgia": "ga", "hawaii": "hi", "idaho": "id",
     "illinois": "il", "indiana": "in", "iowa": "ia", "kansas": "ks", "kentucky": "ky", "louisiana": "la",
@@ -93,11 +94,11 @@ def extract(text: str, mode: Mode) -> str | None:
     if mode == "full_response":
         return text
     if mode == "last_line":
-        return next((line.strip() for line in reversed(text.split("\n")) if line.strip()), None)
+        return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)
     if mode == "final_answer" and (found := _FINAL.findall(text)):
-        return str(found[-1]).strip().removesuffix(".").strip() or None
-    contents = boxed(text)
-    return peel_text(contents[-1]) or None if contents else None
+        return str(found[-1]).strip().rstrip(".").strip() or None
+    content = last_balanced_boxed(text)
+    return peel_text(content) or None if content is not None else None
 
 
 def likeness(answer: str, expected: str) -> float:
@@ -134,17 +135,33 @@ def _without_thousands(text: str) -> str:
 
 
 def _without_latex(text: str) -> str:
-    text = _LATEX.sub(r"\1", text)
-    return _SPACES.sub(" ", _DELIMITERS.sub("", text)).strip()
+    """Without the wrapping commands, however deep, and without delimiters; spaces collapsed."""
+    cut: list[tuple[int, int]] = []
+    if wrappers := list(_LATEX.finditer(text)):
+        pairs = braces(text)
+        for found in wrappers:
+            cut.append(found.span())
+            if (closing := pairs.get(found.end() - 1)) is not None:
+                cut.append((closing, closing + 1))
+    kept, at = [], 0
+    for start, end in sorted(cut):
+        kept.append(text[at:start])
+        at = end
+    return " ".join(_DELIMITERS.sub("", "".join([*kept, text[at:]])).split())
 
 
 def _listed(text: str) -> str:
-    listed = _SPACES.sub(" ", _LIST.sub(" ", text)).strip()
-    return listed if len(listed) >= 0.9 * len(text) else text
+    """Separators of a list as spaces; a text of which they are more than a tenth is no list.
+
+    NeMo Gym's rule, "and" and "or" within words included: the same is done to both sides.
+    """
+    listed = _LIST.sub(" ", text)
+    return " ".join(listed.split()) if len(listed) >= 0.9 * len(text) else text
 
 
 def _abbreviated(text: str) -> str:
-    return _listed(_STATE.sub(lambda found: _STATES[found[1]], text)).lower()
+    # In capitals until the list is read: Oregon's "OR" is no conjunction.
+    return _listed(_STATE.sub(lambda found: _STATES[found[1]].upper(), text)).lower()
 
 
 _FORMS: tuple[Callable[[str], str], ...] = (
@@ -158,14 +175,12 @@ _FORMS: tuple[Callable[[str], str], ...] = (
 
 
 def _plain(text: str) -> str:
-    return _UNITS.sub("", _without_latex(text).translate(_SUPERSCRIPTS)).strip()
+    return _UNITS.sub("", _without_latex(text).translate(_UNICODE_MATH)).strip()
 
 
 def _numbers(text: str) -> Iterator[float]:
-    try:
-        yield float(_MONEY.sub("", _UNITS.sub("", text.translate(_SUPERSCRIPTS))).strip())
-    except (ValueError, OverflowError):
-        return
+    with contextlib.suppress(ValueError, OverflowError):
+        yield float(_UNITS.sub("", _MONEY.sub("", text).translate(_UNICODE_MATH)).strip())
 
 
 def _close(a: str, b: str) -> bool:

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-_THINK = re.compile(r"<(think|thinking)>.*?</\1>", re.DOTALL)
-_OPEN = re.compile(r"<(?:think|thinking)>")
-_CLOSE = re.compile(r"</(?:think|thinking)>")
+_TAG = re.compile(r"<(/?)(think|thinking)>")
+_BRACE = re.compile(r"[{}]")
 
 
 def _items(response: dict[str, Any]) -> list[dict[str, Any]]:
@@ -45,9 +44,15 @@ def joined_messages(response: dict[str, Any]) -> str:
 
 
 def last_item_text(response: dict[str, Any]) -> str:
-    """The first content part of the very last output item; empty where that item has none."""
-    items = _items(response)
-    return next(_parts(items[-1]), "") if items else ""
+    """The text of the first content part of the very last output item; empty where that part has none."""
+    output = response.get("output")
+    last = output[-1] if isinstance(output, list) and output else None
+    content = last.get("content") if isinstance(last, dict) else None
+    if isinstance(content, str):
+        return content
+    first = content[0] if isinstance(content, list) and content else None
+    text = first.get("text") if isinstance(first, dict) else None
+    return text if isinstance(text, str) else ""
 
 
 def last_message(response: dict[str, Any]) -> str:
@@ -66,54 +71,86 @@ def without_think(text: str) -> str:
 
     A chat template may put the opening tag into the prompt, so a lone closing tag ends a block that began before.
     """
-    text = _THINK.sub("", text)
-    closes = list(_CLOSE.finditer(text))
-    if closes:
-        text = text[closes[-1].end() :]
-    opened = _OPEN.search(text)
-    return text[: opened.start()] if opened else text
+    text = _without_blocks(text)
+    tags = list(_TAG.finditer(text))
+    if closes := [tag.end() for tag in tags if tag[1]]:
+        tags = [tag for tag in tags if tag.start() >= closes[-1]]
+    return text[closes[-1] if closes else 0 : tags[0].start() if tags else len(text)]
 
 
-def boxed(text: str) -> list[str]:
-    r"""The contents of every `\boxed{...}` with balanced braces, in order of their beginnings."""
-    return [content for _, content in boxed_spans(text) if content is not None]
+def _without_blocks(text: str) -> str:
+    """`text` without what stands between an opening tag and the next closing tag of the same name; in linear time."""
+    closes: dict[str, list[re.Match[str]]] = {"think": [], "thinking": []}
+    opens: list[re.Match[str]] = []
+    for tag in _TAG.finditer(text):
+        (closes[tag[2]] if tag[1] else opens).append(tag)
+    for ends in closes.values():
+        ends.reverse()
+    kept: list[str] = []
+    at = 0
+    for tag in opens:
+        if tag.start() < at:
+            continue
+        ends = closes[tag[2]]
+        while ends and ends[-1].start() < tag.end():
+            ends.pop()
+        if ends:
+            kept.append(text[at : tag.start()])
+            at = ends[-1].end()
+    return "".join([*kept, text[at:]])
+
+
+def braces(text: str) -> dict[int, int]:
+    """Index of each opening brace that is closed, to the index of the brace that closes it; in one pass."""
+    pairs: dict[int, int] = {}
+    stack: list[int] = []
+    for found in _BRACE.finditer(text):
+        if found[0] == "{":
+            stack.append(found.start())
+        elif stack:
+            pairs[stack.pop()] = found.start()
+    return pairs
+
+
+_BOXED = "\\boxed{"
 
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{`; None where there is none, or its braces do not balance."""
-    start = text.rfind("\\boxed{")
-    return _balanced(text, start + len("\\boxed{")) if start >= 0 else None
+    start = text.rfind(_BOXED)
+    if start < 0:
+        return None
+    opening = start + len(_BOXED) - 1
+    closing = braces(text[opening:]).get(0)
+    return None if closing is None else text[opening + 1 : opening + closing]
 
 
-def boxed_spans(text: str) -> Iterator[tuple[int, str | None]]:
-    r"""Where each `\boxed{` begins, and its content; None where its braces do not balance."""
-    start = text.find("\\boxed{")
+def last_balanced_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` whose braces balance; None where there is none."""
+    pairs: dict[int, int] | None = None
+    start = text.rfind(_BOXED)
     while start >= 0:
-        yield start, _balanced(text, start + len("\\boxed{"))
-        start = text.find("\\boxed{", start + 1)
-
-
-def _balanced(text: str, start: int) -> str | None:
-    depth = 1
-    for at in range(start, len(text)):
-        if text[at] == "{":
-            depth += 1
-        elif text[at] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start:at]
+        pairs = braces(text) if pairs is None else pairs
+        opening = start + len(_BOXED) - 1
+        if opening in pairs:
+            return text[opening + 1 : pairs[opening]]
+        start = text.rfind(_BOXED, 0, start)
     return None
 
 
-_TEXT_WRAPPER = re.compile(r"\\text\s*\{")
+_TEXT_WRAPPER = re.compile(r"\s*\\text\s*\{")
 
 
 def peel_text(content: str) -> str:
     r"""`content` without the `\text{...}` wrappers that hold all of it."""
-    content = content.strip()
-    while found := _TEXT_WRAPPER.match(content):
-        inner = _balanced(content, found.end())
-        if inner is None or found.end() + len(inner) + 1 != len(content):
+    pairs: dict[int, int] | None = None
+    start, end = 0, len(content.rstrip())
+    while found := _TEXT_WRAPPER.match(content, start, end):
+        pairs = braces(content) if pairs is None else pairs
+        closing = pairs.get(found.end() - 1)
+        if closing != end - 1:
             break
-        content = inner.strip()
-    return content
+        start, end = found.end(), closing
+        while end > start and content[end - 1].isspace():
+            end -= 1
+    return content[start:end].strip()

@@ -116,7 +116,7 @@ def decode(value: Any, handle: Callable[[Any], Any], depth: int = 0) -> Any:
         if tag == "h":
             return handle(value)
         return _scalar(tag, value[1:])
-    except (TypeError, ValueError, RecursionError) as e:
+    except (TypeError, ValueError, IndexError, OverflowError, RecursionError) as e:
         raise ProtocolError(f"no such value: {e}") from None
 
 
