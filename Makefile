@@ -29,6 +29,7 @@ demo: $(READY) ## run two benchmarks' example rows through the whole system, wit
 
 TESTS ?= tests benchmarks
 test: $(READY) ## run all tests: real broker, real Ray, real sandbox, real HTTP
+	$(BIN)/python -m coverage erase
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile \
 		--cov=gym_bus.verifiers --cov=gym_bus.benchmarks --cov-report= $(TESTS)
 	$(BIN)/python -m coverage report --skip-covered --fail-under=95 \

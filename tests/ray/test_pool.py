@@ -108,7 +108,7 @@ async def test_an_unreachable_ray_cluster_is_an_infrastructure_fault(scripted_ve
         await asyncio.wait_for(service.verify("scripted", b"{}", b"{}", b"{}"), 100)
 
 
-def test_the_digest_tells_code_and_options_apart(scripted_verifier: str) -> None:
+async def test_the_digest_tells_code_and_options_apart(scripted_verifier: str) -> None:
     service = VerifierService(VerifierConfig())
     plain = service.digest("scripted", b"{}")
     assert plain == VerifierService(VerifierConfig()).digest("scripted", b"{}")

@@ -102,7 +102,12 @@ async def test_a_traceback_shows_the_program_alone(slot: Slot) -> None:
             {"wall_s": 0.2},
             Ended.WALL_LIMIT,
         ),
-        ("while True: pass", {"cpu_s": 1.0}, Ended.CPU_LIMIT),
+        ("while True: pass", {"cpu_s": 1.0, "wall_s": 60.0}, Ended.CPU_LIMIT),
+        (
+            "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
+            {"cpu_s": 1.0, "wall_s": 60.0},
+            Ended.CPU_LIMIT,
+        ),
         ("x = bytearray(2**40)", {}, Ended.MEMORY),
         ("x = [bytearray(2**20) for _ in range(10**6)]", {"memory_bytes": 64 * 2**20}, Ended.MEMORY),
         ("print('x' * 2**20)", {"output_bytes": 2**16}, Ended.OUTPUT_LIMIT),

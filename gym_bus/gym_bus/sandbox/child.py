@@ -56,7 +56,6 @@ READY = 9
 def _limit(limits: dict[str, Any]) -> None:
     cpu = max(1, -int(-limits["cpu_s"] // 1))
     for kind, value in (
-        (resource.RLIMIT_CPU, cpu),
         (resource.RLIMIT_AS, limits["address_bytes"]),
         (resource.RLIMIT_FSIZE, limits["file_bytes"]),
         (resource.RLIMIT_NPROC, limits["processes"]),
@@ -66,6 +65,8 @@ def _limit(limits: dict[str, Any]) -> None:
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
         resource.setrlimit(kind, (value, value))
+    # First a signal that says what it is for, then, to a program that ignores it, the one that none can ignore.
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
 
 
 def _become_nobody(ids: bool) -> None:

@@ -412,7 +412,8 @@ def _cause(
         return Ended.MEMORY
     if said.get("timed_out"):
         return Ended.WALL_LIMIT
-    if killed_by in (signal.SIGKILL, signal.SIGXCPU) and cpu_s >= limits.cpu_s - 0.1:
+    # The kernel counts in ticks: what it took for the limit may be a little less by its own finer account.
+    if killed_by in (signal.SIGKILL, signal.SIGXCPU) and cpu_s >= 0.8 * limits.cpu_s:
         return Ended.CPU_LIMIT
     if cut:
         return Ended.OUTPUT_LIMIT

@@ -130,8 +130,10 @@ async def _run(job: Job, stack: LocalStack, writer: ResultsWriter, on_start: Cal
         published=lambda: publishing is not None and publishing.done(),
         on_results=recorded,
     )
+    # Before anything is awaited for: with nothing else missing, the consumer would see no work and end.
+    retries = await consumer.retry_failed()
     on_start(progress)
-    publishing = asyncio.create_task(_publish(bus, job, consumer, progress), name="publisher")
+    publishing = asyncio.create_task(_publish(bus, job, consumer, progress, retries > 0), name="publisher")
     try:
         await stack.until(consumer.run(), publishing)
     finally:
@@ -141,8 +143,8 @@ async def _run(job: Job, stack: LocalStack, writer: ResultsWriter, on_start: Cal
     return RunResult(ledger=writer.ledger, wall_s=progress.wall_s, finished=progress.finished)
 
 
-async def _publish(bus: Bus, job: Job, consumer: ResultsConsumer, progress: Progress) -> None:
-    if await consumer.retry_failed():
+async def _publish(bus: Bus, job: Job, consumer: ResultsConsumer, progress: Progress, retry: bool) -> None:
+    if retry:
         await publish_requests(
             bus, job.order, job.files.inputs, consumer.retry_number, job.record.group_size, watermark=False
         )
