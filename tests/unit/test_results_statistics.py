@@ -145,3 +145,11 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         assert estimate.low is not None and estimate.high is not None
         covered += estimate.low <= 0.5 <= estimate.high
     assert 0.91 <= covered / 300 <= 0.99
+
+
+def test_tasks_that_are_all_the_same_still_leave_doubt() -> None:
+    estimate = pass_at_1(reward_matrix([[1.0, 0.0]] * 20))
+
+    wilson = stats.binomtest(10, 20).proportion_ci(0.95, method="wilson")
+    assert (estimate.low, estimate.high) == pytest.approx((wilson.low, wilson.high))
+    assert estimate.method == "wilson"

@@ -28,7 +28,8 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     rollouts: int
     """Rewards that the estimate is made of."""
     method: Literal["wilson", "t", "none"]
-    """Wilson's score interval for tasks that are all right or all wrong, else Student's t on the tasks' values."""
+    """Wilson's score interval for tasks that are all right or all wrong, or all the same; else Student's t on their
+    values."""
 
 
 def reward_matrix(tasks: Sequence[Sequence[float]]) -> Floats:
@@ -110,5 +111,18 @@ def _interval(values: Floats) -> tuple[float | None, float | None, Literal["wils
         return float(interval.low), float(interval.high), "wilson"
     if n < 2:
         return None, None, "none"
+    if np.ptp(values) == 0.0 and 0.0 <= values[0] <= 1.0:
+        low, high = _wilson(float(values[0]), n, float(stats.norm.ppf(0.975)))
+        return low, high, "wilson"
     half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
     return float(values.mean() - half), float(values.mean() + half), "t"
+
+
+def _wilson(share: float, n: int, z: float) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share that need not be a whole number of `n`; `z` normal quantile.
+
+    Values between 0 and 1 spread at most as widely as ones and zeros of the same mean, so it is wide enough.
+    """
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return float(middle - half), float(middle + half)
