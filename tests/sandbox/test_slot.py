@@ -36,7 +36,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def need_forks(slot: Slot) -> None:
-    if slot._zygote._group is None:
+    if slot._zygote.group is None:
         pytest.skip("without a cgroup of its own a sandbox lets no program fork")
 
 
@@ -450,7 +450,7 @@ async def test_the_end_of_one_of_a_pair_is_seen_by_the_other(slot: Slot) -> None
 async def test_an_unknown_language_is_a_usage_error(slot: Slot) -> None:
     perl = Program(source=b"print 1", language="perl")
 
-    with pytest.raises(UsageError, match="language 'perl' is not supported: known: python"):
+    with pytest.raises(UsageError, match="language 'perl' is not supported: known: bash"):
         await slot.run(perl)
     with pytest.raises(UsageError, match="perl"):
         await slot.run_pair(perl, perl)

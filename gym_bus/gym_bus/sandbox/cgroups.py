@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
 _numbers = itertools.count()
+_OOM_KILLS = re.compile(rb"^oom_kill (\d+)", re.MULTILINE)
 
 HEADROOM_BYTES = 48 * 2**20
 """For the zygote itself, which lives in the same group as its programs."""
@@ -20,6 +22,7 @@ class MemoryGroup:
     def __init__(self, folder: Path, version: int) -> None:
         self._folder, self._version = folder, version
         self._limit = 0
+        self._events: int | None = None
 
     @classmethod
     def create(cls) -> MemoryGroup | None:
@@ -67,16 +70,23 @@ class MemoryGroup:
     def kills(self) -> int:
         """How many processes the kernel has killed for want of memory."""
         name = "memory.events" if self._version == 2 else "memory.oom_control"
-        with contextlib.suppress(OSError):
-            for line in (self._folder / name).read_text().splitlines():
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
-        return 0
+        try:
+            if self._events is None:
+                self._events = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            text = os.pread(self._events, 4096, 0)
+        except OSError:
+            return 0
+        found = _OOM_KILLS.search(text)
+        return int(found[1]) if found else 0
 
-    def remove(self) -> None:
-        """Delete the group; it must be empty."""
+    def remove(self) -> bool:
+        """Delete the group, which must be empty; False where it is not yet."""
+        if self._events is not None:
+            os.close(self._events)
+            self._events = None
         with contextlib.suppress(OSError):
             self._folder.rmdir()
+        return not self._folder.exists()
 
 
 def _sweep(parent: Path) -> None:

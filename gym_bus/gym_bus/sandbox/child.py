@@ -1,113 +1,63 @@
 """One program's process, from the fork to its end. Standard library only: runs in the zygote's child.
 
-The program's text, arguments and files come through a descriptor that only this process reads.
+The program's text, arguments and files come through a descriptor that only this process reads. What a program needs of
+Python is made before the fork: every page that is first written here costs a page fault.
 """
 
 from __future__ import annotations
 
+import _thread
+import array
+import atexit
+import builtins
 import io
 import json
 import os
 import random
 import resource
+import select
+import signal
+import socket
+import struct
 import sys
+import threading
+import time
 import traceback
+import types
 from typing import Any, NoReturn
 
-from gym_bus.sandbox import syscalls
+from gym_bus.sandbox import root, syscalls
 
 COMPILE_FAILED, SETUP_FAILED = 65, 66
 """Exit codes before the program's own text runs; the zygote believes them only then."""
-MAX_PROGRAM_BYTES = 256 * 2**20
+ONE, CASES = 0, 1
+"""Kinds of order: one program, one run; or one program that is run once for each message on its socket."""
+
+ORDER = struct.Struct("<BddQQIII")
+"""kind, wall_s, cpu_s, address space, file size (bytes), processes, length of the source, length of the header."""
+CASE = struct.Struct("<iBBddQ")
+"""Of one case: wait status, timed out, scratch folder not clean, wall_s, cpu_s, largest resident set in bytes."""
+CONTROL, LAST_FD = 3, 64
+"""The zygote's own socket, which a program's replaces; no descriptor has a number of LAST_FD or more."""
+CASE_FDS = 3
 
 
-def run(fds: list[int], ready: int, limits: dict[str, Any], ids: bool) -> NoReturn:
-    """Become the program. Never returns.
+class Order:
+    """What to run, unpacked."""
 
-    Args:
-        fds: stdin, stdout, stderr, the packed program, and for a pair the socket.
-        ready: pipe to the zygote: a byte goes in just before the program's own text runs.
-        limits: as the zygote got them.
-        ids: switch to a user of the program's own.
-    """
-    pipe = [ready]
-    try:
-        _limit(limits)
-        _become_nobody(ids)
-        source, arguments = _set_up(fds, pipe)
-    except BaseException as e:  # whatever fails here is the sandbox's fault, and is said on the way out
-        os.write(pipe[0], b"E" + f"{type(e).__name__}: {e}".encode(errors="replace")[:500])
-        os._exit(SETUP_FAILED)
-    try:
-        code = compile(source, "main.py", "exec", dont_inherit=True)
-    except BaseException as e:  # null bytes, bad encodings, recursion: all the program's own doing
-        os.write(2, "".join(traceback.format_exception_only(type(e), e)).encode(errors="replace")[:4000])
-        os._exit(COMPILE_FAILED)
-    os.write(READY, b"R")
-    os.close(READY)
-    sys.argv = ["main.py", *arguments]
-    _execute(code)
+    __slots__ = ("address_bytes", "cpu_s", "file_bytes", "header_size", "kind", "processes", "source_size", "wall_s")
 
-
-READY = 9
-"""Where the pipe lies while the program is being set up."""
-
-
-def _limit(limits: dict[str, Any]) -> None:
-    cpu = max(1, -int(-limits["cpu_s"] // 1))
-    for kind, value in (
-        (resource.RLIMIT_AS, limits["address_bytes"]),
-        (resource.RLIMIT_FSIZE, limits["file_bytes"]),
-        (resource.RLIMIT_NPROC, limits["processes"]),
-        (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_MEMLOCK, 0),
-        (resource.RLIMIT_MSGQUEUE, 0),
-    ):
-        resource.setrlimit(kind, (value, value))
-    # First a signal that says what it is for, then, to a program that ignores it, the one that none can ignore.
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
-
-
-def _become_nobody(ids: bool) -> None:
-    if ids:
-        os.setgroups([])
-        os.setresgid(1, 1, 1)
-        os.setresuid(1, 1, 1)
-    syscalls.set_capabilities(())
-    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
-
-
-def _set_up(fds: list[int], pipe: list[int]) -> tuple[bytes, list[str]]:
-    # Out of the way of the low numbers first, then into place: no dup2 overwrites one that is still needed.
-    high = [os.dup2(fd, 20 + i, inheritable=False) for i, fd in enumerate([*fds, *pipe])]
-    for target in range(3):
-        os.dup2(high[target], target)
-    if len(fds) > 4:
-        os.dup2(high[4], 3)
-    else:
-        os.closerange(3, 4)
-    os.dup2(high[-1], READY, inheritable=False)
-    pipe[0] = READY
-    program = os.dup2(high[3], 10, inheritable=False)
-    os.closerange(4, READY)
-    os.closerange(11, 4096)
-    packed = _read(program)
-    os.close(program)
-    size = int.from_bytes(packed[:4], "little")
-    header = json.loads(packed[4 : 4 + size])
-    os.chdir("/tmp")
-    for name, (start, end) in header["files"].items():
-        os.makedirs(os.path.dirname(os.path.join("/tmp", name)), exist_ok=True)
-        with open(os.path.join("/tmp", name), "wb") as file:
-            file.write(packed[start:end])
-    random.seed()
-    return packed[header["source"] :], header["arguments"]
-
-
-def _read(fd: int) -> bytes:
-    os.lseek(fd, 0, os.SEEK_SET)
-    return os.read(fd, MAX_PROGRAM_BYTES)
+    def __init__(self, packed: bytes) -> None:
+        (
+            self.kind,
+            self.wall_s,
+            self.cpu_s,
+            self.address_bytes,
+            self.file_bytes,
+            self.processes,
+            self.source_size,
+            self.header_size,
+        ) = ORDER.unpack(packed)
 
 
 class _Stderr(io.RawIOBase):
@@ -130,17 +80,212 @@ class _Stderr(io.RawIOBase):
         return len(data)
 
 
-def _execute(code: Any) -> NoReturn:
-    import builtins
-    import types
+_main = types.ModuleType("__main__")
 
+
+def prepare() -> None:
+    """Make, in the zygote, what every program needs."""
     sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Stderr()), errors="backslashreplace", line_buffering=True)
-    main = types.ModuleType("__main__")
-    main.__dict__.update(__builtins__=builtins, __file__="main.py")
-    sys.modules["__main__"] = main
+    _main.__dict__.update(__builtins__=builtins, __file__="main.py")
+    sys.modules["__main__"] = _main
+    sys.argv = ["main.py"]
+    for kind, value in (
+        (resource.RLIMIT_NOFILE, LAST_FD),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+    ):
+        resource.setrlimit(kind, (value, value))
+
+
+def run(fds: list[int], ready: int, order: Order, ids: bool) -> NoReturn:
+    """Become the program. Never returns.
+
+    Args:
+        fds: stdin, stdout, stderr, the packed program, and the program's socket where it has one; none below 4.
+        ready: pipe to the zygote: a byte goes in just before the program's own text runs.
+        order: kind and limits.
+        ids: switch to a user of the program's own.
+    """
+    try:
+        _limit(order)
+        _become_nobody(ids)
+        source, header = _set_up(fds, ready, order)
+    except BaseException as e:  # whatever fails here is the sandbox's fault, and is said on the way out
+        os.write(ready, b"E" + f"{type(e).__name__}: {e}".encode(errors="replace")[:500])
+        os._exit(SETUP_FAILED)
+    code = _compiled(source) if "argv" not in header else _built(header, order)
+    os.write(ready, b"R")
+    os.close(ready)
+    if order.kind == CASES:
+        _serve_cases(code, order, header)
+    _execute(code)
+
+
+def _limit(order: Order) -> None:
+    cpu = max(1, -int(-order.cpu_s // 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
+    if order.address_bytes:
+        resource.setrlimit(resource.RLIMIT_AS, (order.address_bytes, order.address_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (order.file_bytes, order.file_bytes))
+    resource.setrlimit(resource.RLIMIT_NPROC, (order.processes, order.processes))
+
+
+def _become_nobody(ids: bool) -> None:
+    if ids:  # the kernel takes all capabilities, and makes the process undumpable, with the last id that was 0
+        os.setresgid(1, 1, 1)
+        os.setresuid(1, 1, 1)
+    else:
+        syscalls.set_capabilities(())
+
+
+def _set_up(fds: list[int], ready: int, order: Order) -> tuple[bytes, dict[str, Any]]:
+    os.dup2(fds[0], 0)
+    os.dup2(fds[1], 1)
+    os.dup2(fds[2], 2)
+    packed = _read(fds[3], order.source_size + order.header_size)
+    if len(fds) > 4:
+        os.dup2(fds[4], CONTROL)
+    else:
+        os.close(CONTROL)
+    os.closerange(4, ready)
+    os.closerange(ready + 1, LAST_FD)
+    os.chdir("/tmp")
+    random.seed()
+    if not order.header_size:
+        return packed, {}
+    return packed[: order.source_size], _unpack(packed[order.source_size :])
+
+
+def _unpack(packed: bytes) -> dict[str, Any]:
+    """Arguments and files: a JSON header behind its length, then the files' contents."""
+    size = int.from_bytes(packed[:4], "little")
+    header: dict[str, Any] = json.loads(packed[4 : 4 + size])
+    start = 4 + size
+    for name, length in header["files"]:
+        path = os.path.join("/tmp", name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(packed[start : start + length])
+        start += length
+    sys.argv = ["main.py", *header["arguments"]]
+    return header
+
+
+def _read(fd: int, size: int) -> bytes:
+    data = os.pread(fd, size, 0)
+    if len(data) != size:
+        raise OSError(0, "the program is not whole")
+    return data
+
+
+def _compiled(source: bytes) -> Any:
+    try:
+        return compile(source, "main.py", "exec", dont_inherit=True)
+    except BaseException as e:  # null bytes, bad encodings, recursion: all the program's own doing
+        os.write(2, "".join(traceback.format_exception_only(type(e), e)).encode(errors="replace")[:4000])
+        os._exit(COMPILE_FAILED)
+
+
+def _built(header: dict[str, Any], order: Order) -> list[str]:
+    """The command of a program in another language, once what has to be built is built."""
+    if build := header.get("build"):
+        pid = syscalls.clone()
+        if pid == 0:
+            os.closerange(CONTROL, LAST_FD)
+            _become(build)
+        if not _ended(pid, time.monotonic() + order.wall_s):
+            os.write(2, b"the build took too long\n")
+        if os.waitpid(pid, 0)[1] != 0:
+            os._exit(COMPILE_FAILED)
+    command: list[str] = header["argv"]
+    return command
+
+
+def _become(command: list[str]) -> NoReturn:
+    try:
+        os.execve(command[0], command, os.environ)
+    except OSError as e:
+        os.write(2, f"{command[0]}: {e.strerror}\n".encode())
+    os._exit(127)
+
+
+# -- one program, many cases ---------------------------------------------------------------------------------------
+
+
+def _serve_cases(code: Any, order: Order, header: dict[str, Any]) -> NoReturn:
+    """Run the program once for each message on the socket, each time in a fresh process; nothing here is its code."""
+    owner = socket.socket(fileno=CONTROL)
+    kept = {name.split("/")[0] for name, _ in header.get("files", ())} | set(header.get("kept", ()))
+    while True:
+        data, ancillary, _, _ = owner.recvmsg(64, socket.CMSG_SPACE(CASE_FDS * 4))
+        if not data:
+            os._exit(0)
+        fds = array.array("i")
+        for _level, _kind, received in ancillary:
+            fds.frombytes(received)
+        owner.send(_run_case(code, list(fds), order, kept))
+
+
+def _run_case(code: Any, fds: list[int], order: Order, kept: set[str]) -> bytes:
+    started = time.monotonic()
+    pid = syscalls.clone()
+    if pid == 0:
+        for target in range(CASE_FDS):
+            os.dup2(fds[target], target)
+        os.closerange(CONTROL, LAST_FD)
+        try:
+            random.seed()
+            if isinstance(code, list):
+                _become(code)
+            _execute(code)
+        finally:
+            os._exit(SETUP_FAILED)
+    for fd in fds:
+        os.close(fd)
+    timed_out = not _ended(pid, started + order.wall_s)
+    _, status, usage = os.wait4(pid, 0)
+    _kill_the_rest()
+    cpu_s = usage.ru_utime + usage.ru_stime
+    wall_s = time.monotonic() - started
+    clean = root.clean_scratch(kept)
+    return CASE.pack(status, timed_out, not clean, wall_s, cpu_s, usage.ru_maxrss * 1024)
+
+
+def _ended(pid: int, deadline: float) -> bool:
+    """Wait for a process to end; False where its time was up and it was killed."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        if poll.poll(max(0, int(1000 * (deadline - time.monotonic())) + 1)):
+            return True
+        os.kill(pid, signal.SIGKILL)
+        return False
+    finally:
+        os.close(pidfd)
+
+
+def _kill_the_rest() -> None:
+    """End and reap whatever the case has left behind; this process is the first of its PID namespace."""
+    while True:
+        try:
+            os.kill(-1, signal.SIGKILL)
+        except OSError:
+            pass
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+# -- the program itself --------------------------------------------------------------------------------------------
+
+
+def _execute(code: Any) -> NoReturn:
     status = 0
     try:
-        exec(code, main.__dict__)
+        exec(code, _main.__dict__)
     except SystemExit as e:
         status = _exit_status(e)
     except BaseException as e:
@@ -172,12 +317,11 @@ def _print_error(e: BaseException) -> None:
 
 def _finish(status: int) -> NoReturn:
     """What the interpreter does at its end: other threads, exit hooks, open buffers."""
-    import atexit
-    import threading
-
     try:
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
+        if _thread._count():
+            threading._shutdown()  # type: ignore[attr-defined]
+        if atexit._ncallbacks():
+            atexit._run_exitfuncs()
     except BaseException:
         pass
     for stream in (sys.stdout, sys.stderr):

@@ -11,17 +11,20 @@ from gym_bus.sandbox import syscalls
 
 DEVICES = ("null", "zero", "full", "random", "urandom")
 SCRATCH = "/tmp"
+_TOOLS = ("/usr", "/etc/alternatives", "/etc/ld.so.cache")
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _READ_ONLY = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID
 
 
-def open_sources(interpreter: str) -> dict[str, int]:
+def open_sources(interpreter: str, *, tools: bool) -> dict[str, int]:
     """Descriptors of everything that will be bound in, by its path inside.
 
     Opened within the new mount namespace, whose mounts alone can be bound, and before the change of user: the new
     one may not reach them by path (a home folder is closed to it), and a new mount may hide them.
     """
     wanted = [interpreter, *_LIBRARIES, *(f"/dev/{name}" for name in DEVICES)]
+    if tools:
+        wanted = [path for path in (*wanted, *_TOOLS) if not path.startswith("/usr/")]
     return {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in wanted if os.path.exists(path)}
 
 
@@ -73,27 +76,29 @@ def _bind(fd: int, target: str) -> None:
     syscalls.mount_setattr(target, attributes, recursive=True)
 
 
-def host_links() -> dict[str, str]:
+def host_links(*, tools: bool) -> dict[str, str]:
     """The host's top-level links into /usr, as merged-usr systems have them."""
-    return {path: os.readlink(path) for path in ("/lib", "/lib64") if os.path.islink(path)}
+    paths = ("/lib", "/lib64", "/bin", "/sbin") if tools else ("/lib", "/lib64")
+    return {path: os.readlink(path) for path in paths if os.path.islink(path)}
 
 
-def clean_scratch() -> bool:
-    """Empty the scratch folder; False where something resists, and the zygote must not be used again."""
+def clean_scratch(kept: frozenset[str] | set[str] = frozenset()) -> bool:
+    """Empty the scratch folder, what is `kept` aside; False where something resists: it must not be used again."""
     try:
         entries = os.listdir(SCRATCH)
-        if entries:
-            _empty(SCRATCH)
-        return not entries or not os.listdir(SCRATCH)
+        if not kept.issuperset(entries):
+            _empty(SCRATCH, kept)
+            entries = os.listdir(SCRATCH)
+        return kept.issuperset(entries)
     except OSError:
         return False
 
 
-def _empty(path: str) -> None:
+def _empty(path: str, kept: frozenset[str] | set[str]) -> None:
     """Remove everything in a folder, never following a link; however deep it is, three descriptors are enough."""
     top = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        while names := os.listdir(top):
+        while names := [name for name in os.listdir(top) if name not in kept]:
             for name in names:
                 if not _unlinked(name, top):
                     _flatten(name, top)

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import time
 from typing import Any, NoReturn
@@ -44,11 +45,14 @@ _KEPT = (
 )
 """Of the zygote, within its own user namespace: to make PID namespaces, to give programs another user, to clean up."""
 MAX_MESSAGE = 65_536
+MOST_FDS = 8
 
 
 def main() -> NoReturn:
     """Start as `python -I -S -E -c ... CONTROL_FD CONFIG`: lock in, say so, serve until the owner is gone."""
-    control = socket.socket(fileno=int(sys.argv[1]))
+    os.dup2(int(sys.argv[1]), child.CONTROL)
+    os.closerange(child.CONTROL + 1, 256)
+    control = socket.socket(fileno=child.CONTROL)
     config = json.loads(sys.argv[2])
     try:
         _preload(config["preload"])
@@ -57,9 +61,9 @@ def main() -> NoReturn:
             __import__(name)
         hidden = {*config["module_paths"], sys.argv[3]}
         sys.path[:] = [path for path in sys.path if path not in hidden]
-        links = root.host_links()
+        links = root.host_links(tools=config["tools"])
         syscalls.unshare(_NAMESPACES)
-        sources = root.open_sources(config["interpreter"])
+        sources = root.open_sources(config["interpreter"], tools=config["tools"])
         ids = _wait_for_ids(control)
         if ids:
             os.setgroups([])
@@ -108,6 +112,7 @@ def _lock_in(*, forks: bool) -> None:
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
     os.environ.clear()
     os.environ.update({"HOME": "/tmp", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TMPDIR": "/tmp"})
+    child.prepare()
     seccomp.install(seccomp.build(forks=forks))
     import gc
 
@@ -119,61 +124,62 @@ def _say(control: socket.socket, value: dict[str, Any]) -> None:
     control.send(json.dumps(value).encode())
 
 
+REPLY = struct.Struct("<iBBBddQ")
+"""Wait status, timed out, began, scratch folder not clean, wall_s, cpu_s, largest resident set in bytes; then words."""
+
+
 def _serve(control: socket.socket, ids: bool) -> NoReturn:
-    size = array.array("i").itemsize
+    poll = select.poll()
+    poll.register(control.fileno(), select.POLLRDHUP)
     while True:
-        message, ancillary, _, _ = control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(8 * size))
+        message, ancillary, _, _ = control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(MOST_FDS * 4))
         if not message:
             os._exit(0)  # the owner is gone
         fds = array.array("i")
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(data[: len(data) - len(data) % size])
-        outcome = _run(list(fds), json.loads(message), control, ids)
-        if not root.clean_scratch():
-            outcome["dirty"] = True
-        _say(control, outcome)
+                fds.frombytes(data)
+        control.send(_run(list(fds), child.Order(message), poll, ids))
 
 
-def _run(fds: list[int], limits: dict[str, Any], control: socket.socket, ids: bool) -> dict[str, Any]:
+def _run(fds: list[int], order: child.Order, poll: select.poll, ids: bool) -> bytes:
     ready, child_ready = os.pipe()
     started = time.monotonic()
-    pid = syscalls.clone_into_new_pid_namespace()
+    pid = syscalls.clone(syscalls.CLONE_NEWPID)
     if pid == 0:
-        child.run(fds, child_ready, limits, ids)
+        try:
+            child.run(fds, child_ready, order, ids)
+        finally:
+            os._exit(child.SETUP_FAILED)  # whatever happens, the program's process never goes on as a zygote
     os.close(child_ready)
     for fd in fds:  # at once: a peer must see the end when the program closes its side
         os.close(fd)
-    timed_out = _wait(pid, started + limits["wall_s"], control)
+    # Of many cases each has its own deadline, which the owner watches over.
+    deadline = started + order.wall_s if order.kind == child.ONE else None
+    timed_out = _wait(pid, deadline, poll)
     _, status, usage = os.wait4(pid, 0)
     said = os.read(ready, 4096)
     os.close(ready)
-    return {
-        "status": status,
-        "timed_out": timed_out,
-        "started": said[:1] == b"R",
-        "fault": said[1:].decode(errors="replace") if said[:1] == b"E" else "",
-        "wall_s": time.monotonic() - started,
-        "cpu_s": usage.ru_utime + usage.ru_stime,
-        "max_rss_bytes": usage.ru_maxrss * 1024,
-    }
+    cpu_s = usage.ru_utime + usage.ru_stime
+    wall_s = time.monotonic() - started
+    clean = root.clean_scratch()
+    began = said[:1] == b"R"
+    return REPLY.pack(status, timed_out, began, not clean, wall_s, cpu_s, usage.ru_maxrss * 1024) + said[1:]
 
 
-def _wait(pid: int, deadline: float, control: socket.socket) -> bool:
+def _wait(pid: int, deadline: float | None, poll: select.poll) -> bool:
     """Wait for the end of the program; True where its time was up and it was killed, with all that it had started."""
     pidfd = os.pidfd_open(pid)
-    poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    poll.register(control.fileno(), select.POLLRDHUP)
     try:
-        while True:
-            left_ms = int(1000 * (deadline - time.monotonic())) + 1
-            events = poll.poll(max(0, left_ms))
-            if any(fd == pidfd for fd, _ in events):
-                return False
-            os.kill(pid, signal.SIGKILL)
-            if events:  # the owner is gone
-                os._exit(0)
-            return True
+        left_ms = None if deadline is None else max(0, int(1000 * (deadline - time.monotonic())) + 1)
+        events = poll.poll(left_ms)
+        if any(fd == pidfd for fd, _ in events):
+            return False
+        os.kill(pid, signal.SIGKILL)
+        if events:  # the owner is gone
+            os._exit(0)
+        return True
     finally:
+        poll.unregister(pidfd)
         os.close(pidfd)

@@ -1,0 +1,313 @@
+"""A zygote from its owner's side: started, spoken to, killed. Nothing here runs programs or reads their output."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from gym_bus.errors import SandboxError
+from gym_bus.logs import get_logger
+from gym_bus.sandbox import zygote
+from gym_bus.sandbox.cgroups import HEADROOM_BYTES, MemoryGroup
+
+log = get_logger(__name__)
+
+START_LIMIT_S = 20.0
+GRACE_S = 5.0
+"""Beyond a program's wall limit, for the zygote to kill it, clean up and answer."""
+SCRATCH_BYTES = 64 * 2**20
+
+_IDS_PER_SLOT, _FIRST_ID, _IDS = 2, 0x7000_0000, 0x0800_0000
+_numbers = itertools.count()
+
+_BOOT = "import sys; sys.path.insert(0, sys.argv[3]); from gym_bus.sandbox.zygote import main; main()"
+
+
+class Ending(msgspec.Struct, frozen=True, kw_only=True):
+    """How a process ended, as seen from outside of it."""
+
+    status: int
+    """As `wait` gives it."""
+    timed_out: bool = False
+    began: bool = True
+    """Whether it came as far as the program's own text."""
+    fault: str = ""
+    """Why it could not be set up."""
+    starved: bool = False
+    """Whether the kernel killed for want of memory."""
+    dirty: bool = False
+    """Whether the scratch folder resists; nothing may run there any more."""
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    max_rss_bytes: int = 0
+
+
+class Socket:
+    """One end of a socket of whole messages, in an event loop; one message is awaited at a time."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self._end = end
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[bytes] | None = None
+        self._arrived: deque[bytes] = deque()
+        self._loop.add_reader(end.fileno(), self._read)
+
+    def _read(self) -> None:
+        try:
+            data = self._end.recv(zygote.MAX_MESSAGE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.remove_reader(self._end.fileno())
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(data)
+        else:
+            self._arrived.append(data)
+
+    def send(self, message: bytes, fds: Sequence[int] = ()) -> None:
+        """Send a message with descriptors. Raises SandboxError where the other end is gone."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self._end.sendmsg([message], rights)
+        except OSError as e:
+            raise SandboxError(f"the zygote is gone: {e.strerror or e}") from None
+
+    async def receive(self, limit_s: float) -> bytes:
+        """The next message.
+
+        Raises:
+            SandboxError: the other end is gone, or silent for `limit_s` seconds.
+        """
+        if not self._arrived:
+            self._waiter = self._loop.create_future()
+            timer = self._loop.call_later(limit_s, self._expire, self._waiter, limit_s)
+            try:
+                self._arrived.append(await self._waiter)
+            finally:
+                timer.cancel()
+        if not self._arrived[0]:  # the end, and so it stays
+            raise SandboxError("the zygote is gone")
+        return self._arrived.popleft()
+
+    @staticmethod
+    def _expire(waiter: asyncio.Future[bytes], limit_s: float) -> None:
+        if not waiter.done():
+            waiter.set_exception(SandboxError(f"the zygote was silent for {limit_s:g} s"))
+
+    def close(self) -> None:
+        """The other end sees the end."""
+        if self._end.fileno() >= 0:
+            self._loop.remove_reader(self._end.fileno())
+            self._end.close()
+
+
+class Zygote:
+    """The process of a slot."""
+
+    def __init__(self, preload: str, modules: Sequence[str] = (), *, tools: bool = False) -> None:
+        self._preload, self._modules, self._tools = preload, tuple(modules), tools
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: Socket | None = None
+        self.group: MemoryGroup | None = None
+        self._kills = 0
+        self._lost = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return not self._lost and self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that holds the zygote; killing it kills all of it."""
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        """Start and lock in.
+
+        Raises:
+            SandboxError: the kernel does not let us have the isolation that is promised; says what failed.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._lost = False
+        self._control = Socket(ours)
+        self.group = MemoryGroup.create()
+        try:
+            with theirs:
+                self._process = _launch(theirs, self._settings())
+            if self.group:
+                self.group.add(self._process.pid)
+            await self._handshake()
+        except (OSError, SandboxError) as e:
+            await self.kill()
+            raise SandboxError(f"the sandbox cannot start: {e}; {_advice()}") from None
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "interpreter": sys.base_prefix,
+            "preload": self._preload,
+            "modules": list(self._modules),
+            "module_paths": sorted({_root_of(name) for name in self._modules}),
+            "disk_bytes": SCRATCH_BYTES,
+            "forks": self.group is not None,
+            "tools": self._tools,
+        }
+
+    async def _handshake(self) -> None:
+        assert self._process
+        assert self._control
+        said = json.loads(await self._control.receive(START_LIMIT_S))
+        if "unshared" in said:
+            self._control.send(json.dumps({"ids": _map_ids(self._process.pid)}).encode())
+            said = json.loads(await self._control.receive(START_LIMIT_S))
+        if not said.get("ready"):
+            raise SandboxError(str(said.get("error", "the zygote did not come up")))
+
+    def bound(self, memory_bytes: int) -> None:
+        """Set the memory limit for what runs next."""
+        if self.group:
+            self.group.limit(memory_bytes + HEADROOM_BYTES)
+
+    def starved(self) -> bool:
+        """Whether the kernel has killed for want of memory since this was asked last."""
+        before, self._kills = self._kills, self.group.kills() if self.group else 0
+        return self._kills > before
+
+    def send(self, order: bytes, fds: Sequence[int]) -> None:
+        """Have a program run; `ended` waits for its end.
+
+        Args:
+            order: `child.ORDER`, packed.
+            fds: stdin, stdout, stderr, program, and a socket where the program gets one; ours may be closed then.
+
+        Raises:
+            SandboxError: the zygote is lost.
+        """
+        if self._control is None:
+            raise SandboxError("the zygote is gone")
+        try:
+            self._control.send(order, fds)
+        except SandboxError:
+            self._lost = True
+            raise
+
+    async def ended(self, limit_s: float) -> Ending:
+        """How the program that was sent has ended.
+
+        Raises:
+            SandboxError: the zygote is lost, or silent for longer than the limit; it is dead then.
+        """
+        if self._control is None:
+            raise SandboxError("the zygote is gone")
+        try:
+            said = await self._control.receive(limit_s + GRACE_S)
+        except (SandboxError, asyncio.CancelledError) as e:
+            starved = self.starved()
+            await self.kill()
+            if starved and isinstance(e, SandboxError):
+                return Ending(status=signal.SIGKILL, starved=True)
+            raise
+        status, timed_out, began, dirty, wall_s, cpu_s, rss = zygote.REPLY.unpack_from(said)
+        if dirty:
+            log.warning("sandbox_scratch_not_clean", pid=self.pid)
+            await self.kill()
+        return Ending(
+            status=status,
+            timed_out=bool(timed_out),
+            began=bool(began),
+            fault=said[zygote.REPLY.size :].decode(errors="replace"),
+            starved=self.starved(),
+            dirty=bool(dirty),
+            wall_s=wall_s,
+            cpu_s=cpu_s,
+            max_rss_bytes=rss,
+        )
+
+    async def kill(self) -> None:
+        """End it with everything in it."""
+        if self._control:
+            self._control.close()
+            self._control = None
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await asyncio.to_thread(process.wait, 10)
+        group, self.group = self.group, None
+        if group:
+            await _remove_group(group)
+        self._kills = 0
+
+
+async def _remove_group(group: MemoryGroup) -> None:
+    for _ in range(50):  # its processes are dying; an occupied group cannot be removed
+        if group.remove():
+            return
+        await asyncio.sleep(0.02)
+
+
+def _launch(control: socket.socket, settings: dict[str, Any]) -> subprocess.Popen[bytes]:
+    source_root = str(Path(__file__).resolve().parents[2])
+    interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    # The interpreter's own start: isolated, no site packages, nothing of our environment.
+    command = [interpreter, "-I", "-S", "-E", "-X", "utf8", "-c", _BOOT, str(control.fileno()), json.dumps(settings)]
+    return subprocess.Popen(
+        [*command, source_root],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[control.fileno()],
+        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+        cwd="/",
+        start_new_session=True,
+    )
+
+
+def _root_of(module: str) -> str:
+    """The folder of `sys.path` that a module comes from."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise SandboxError(f"no module {module!r} to load into the sandbox")
+    return str(Path(spec.origin).resolve().parents[module.count(".")])
+
+
+def _map_ids(pid: int) -> bool:
+    """Give the namespace its user ids. True where programs get one of their own, False where all share ours."""
+    if os.geteuid() == 0:
+        first = _FIRST_ID + (os.getpid() * 64 + next(_numbers)) * _IDS_PER_SLOT % _IDS
+        try:
+            for name in ("uid_map", "gid_map"):
+                Path(f"/proc/{pid}/{name}").write_text(f"0 {first} {_IDS_PER_SLOT}\n")
+            return True
+        except OSError:
+            log.info("sandbox_ids_shared", why="this user namespace cannot map further ids")
+    Path(f"/proc/{pid}/setgroups").write_text("deny")
+    Path(f"/proc/{pid}/uid_map").write_text(f"0 {os.geteuid()} 1\n")
+    Path(f"/proc/{pid}/gid_map").write_text(f"0 {os.getegid()} 1\n")
+    return False
+
+
+def _advice() -> str:
+    return (
+        "the kernel must allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces "
+        "> 0, and on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0); in a container, its seccomp and AppArmor "
+        "profiles must allow unshare and mount"
+    )
