@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": ("gym_bus.cli.eval", "Run benchmarks: run, submit, status, watch, cancel, reverify."),
     "list": ("gym_bus.cli.catalogue", "List benchmarks, agents, verifiers and models."),
     "model": ("gym_bus.cli.model", "Serve recorded or simulated models over HTTP."),
+    "sandbox": ("gym_bus.cli.sandbox", "Show what protects this machine from programs, and run one."),
     "worker": ("gym_bus.cli.worker", "Join a bus as a worker."),
 }
 """Module and help line by command: a command imports only what it needs."""

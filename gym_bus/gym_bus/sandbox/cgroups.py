@@ -20,7 +20,7 @@ class MemoryGroup:
     """One cgroup with a memory limit."""
 
     def __init__(self, folder: Path, version: int) -> None:
-        self._folder, self._version = folder, version
+        self._folder, self.version = folder, version
         self._limit = 0
         self._events: int | None = None
 
@@ -55,7 +55,7 @@ class MemoryGroup:
         """Bound the group's memory, swap included where the kernel counts it."""
         if size_bytes == self._limit:
             return
-        if self._version == 2:
+        if self.version == 2:
             self._write("memory.max", size_bytes)
             with contextlib.suppress(OSError):
                 self._write("memory.swap.max", 0)
@@ -69,7 +69,7 @@ class MemoryGroup:
 
     def kills(self) -> int:
         """How many processes the kernel has killed for want of memory."""
-        name = "memory.events" if self._version == 2 else "memory.oom_control"
+        name = "memory.events" if self.version == 2 else "memory.oom_control"
         try:
             if self._events is None:
                 self._events = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)

@@ -129,6 +129,8 @@ class Zygote:
         self.group: MemoryGroup | None = None
         self._kills = 0
         self._lost = False
+        self.own_user = False
+        """Whether programs run as a user of their own."""
 
     @property
     def alive(self) -> bool:
@@ -176,7 +178,8 @@ class Zygote:
         assert self._control
         said = json.loads(await self._control.receive(START_LIMIT_S))
         if "unshared" in said:
-            self._control.send(json.dumps({"ids": _map_ids(self._process.pid)}).encode())
+            self.own_user = _map_ids(self._process.pid)
+            self._control.send(json.dumps({"ids": self.own_user}).encode())
             said = json.loads(await self._control.receive(START_LIMIT_S))
         if not said.get("ready"):
             raise SandboxError(str(said.get("error", "the zygote did not come up")))

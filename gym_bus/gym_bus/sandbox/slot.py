@@ -16,6 +16,7 @@ from gym_bus.errors import SandboxError, UsageError
 from gym_bus.sandbox import child, languages, zygote
 from gym_bus.sandbox.api import DEFAULT_LIMITS, Ended, Limits, Outcome, Program
 from gym_bus.sandbox.owner import GRACE_S, Ending, Socket, Zygote
+from gym_bus.sandbox.protections import Facts, Level, Protection, describe
 
 STDERR_BYTES = 64 * 1024
 ADDRESS_FACTOR, ADDRESS_BASE = 2, 256 * 2**20
@@ -100,6 +101,7 @@ class Slot:
         self._partner: Zygote | None = None
         self._tools: Zygote | None = None
         self._lock = asyncio.Lock()
+        self._facts = Facts(level=Level.NAMESPACES, own_user=False, memory_group=0)
 
     @classmethod
     async def start(cls, preload: str = zygote.PRELOAD, modules: Sequence[str] = ()) -> Slot:
@@ -113,9 +115,21 @@ class Slot:
             SandboxError: this machine does not give the isolation; the message says what would.
         """
         slot = cls(preload, modules)
-        await slot._ready(slot._zygote)
+        first = await slot._ready(slot._zygote)
+        slot._facts = Facts(
+            level=Level.NAMESPACES, own_user=first.own_user, memory_group=first.group.version if first.group else 0
+        )
         await slot._self_test()
         return slot
+
+    @property
+    def level(self) -> Level:
+        """How far programs are shut in."""
+        return self._facts.level
+
+    def protections(self) -> list[Protection]:
+        """What is protected, and how."""
+        return describe(self._facts)
 
     async def _ready(self, zygote: Zygote) -> Zygote:
         if not zygote.alive:
