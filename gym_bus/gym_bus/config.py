@@ -150,13 +150,14 @@ def override_layers(overrides: Sequence[str]) -> list[Layer]:
     for text in overrides:
         key, equals, _ = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w\-]*(\.[\w\-]+)*", key):
-            raise ConfigError(f"argument {text!r}: expected key=value, such as agent.concurrency=64")
+            shown = repr(key) if re.fullmatch(r"[a-z_][\w.]*", key) else "without a key"  # it may hold a secret
+            raise ConfigError(f"argument {shown}: expected key=value, such as agent.concurrency=64")
         try:
             node = OmegaConf.from_dotlist([text])
-        except (YAMLError, OmegaConfBaseException) as e:
-            raise ConfigError(f"argument {text!r}: the value is not valid YAML: {e}") from None
+        except (YAMLError, OmegaConfBaseException):
+            raise ConfigError(f"argument {key}=...: the value is not valid YAML") from None
         values = cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
-        layers.append(Layer(f"argument {text!r}" if "key" not in key else f"argument {key}=...", values))
+        layers.append(Layer(f"argument {key}=...", values))
     return layers
 
 

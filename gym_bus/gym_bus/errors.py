@@ -92,6 +92,12 @@ class BusError(GymBusError):
     retryable = True
 
 
+class BodyLost(BusError):
+    """A message's body is no longer in the object store; asking again cannot help."""
+
+    retryable = False
+
+
 class PayloadTooLarge(BusError):
     """A message is larger than the stream accepts; sending it again cannot help."""
 

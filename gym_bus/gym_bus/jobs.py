@@ -26,6 +26,8 @@ class JobRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     spans: list[tuple[int, int, int]]
     """(first task index, number of tasks, rollouts of each): every rollout of the job, in order."""
     lane: str = "batch"
+    limit_s: float = 3600.0
+    """Wall-clock limit of one rollout's generation, seconds."""
     created_at: float = msgspec.field(default_factory=time.time)
     """Seconds since the epoch."""
     manifest: dict[str, Any] = {}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -21,7 +23,7 @@ log = get_logger(__name__)
 
 _CONFIG = """
 listen: "127.0.0.1:{port}"
-server_name: "gym-bus-embedded"
+server_name: "{name}"
 max_payload: 8MB
 max_pending: 128MB
 jetstream {{
@@ -33,6 +35,7 @@ jetstream {{
 """
 
 _PR_SET_PDEATHSIG = 1
+RESTART_WAIT_S = 0.2
 
 
 def find_binary() -> str:
@@ -65,6 +68,8 @@ class EmbeddedServer:
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._binary = find_binary()
+        self._name = f"gym-bus-{secrets.token_hex(6)}"
+        self._lock: int | None = None
         self.port = port
         self.starts = 0
 
@@ -83,16 +88,31 @@ class EmbeddedServer:
 
         Raises:
             BusError: it did not come up; the message carries the end of its log.
+            UsageError: the folder cannot be written, or another server keeps its streams there.
         """
-        self._store.mkdir(parents=True, exist_ok=True)
+        self._take_store()
         self.port = self.port or free_port()
         (self._store / "server.conf").write_text(
             _CONFIG.format(
-                port=self.port, store=self._store, max_file=self._config.max_file_bytes, sync=self._config.sync_interval
+                name=self._name,
+                port=self.port,
+                store=self._store,
+                max_file=self._config.max_file_bytes,
+                sync=self._config.sync_interval,
             )
         )
         await self._launch()
         self._supervisor = asyncio.create_task(self._supervise(), name="nats-server supervisor")
+
+    def _take_store(self) -> None:
+        try:
+            self._store.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self._store / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{self._store}: another nats-server keeps its streams there") from None
+        except OSError as e:
+            raise UsageError(f"{self._store}: cannot be written: {e.strerror or e}") from None
 
     async def _launch(self) -> None:
         with (self._store / "server.log").open("ab") as output:
@@ -122,7 +142,7 @@ class EmbeddedServer:
         except (OSError, TimeoutError):
             return False
         writer.close()
-        return greeting.startswith(b"INFO")
+        return self._name.encode() in greeting  # and not whoever else listens on that port
 
     def _log_tail(self) -> str:
         with contextlib.suppress(OSError):
@@ -133,6 +153,7 @@ class EmbeddedServer:
         while self._process:
             await self._process.wait()
             log.warning("nats_server_died", returncode=self._process.returncode)
+            await asyncio.sleep(RESTART_WAIT_S)
             try:
                 await self._launch()
             except BusError as e:
@@ -147,6 +168,7 @@ class EmbeddedServer:
                 await self._supervisor
         process = self._process
         if process is None or process.returncode is not None:
+            self._release_store()
             return
         process.send_signal(signal.SIGTERM)
         try:
@@ -154,6 +176,12 @@ class EmbeddedServer:
         except TimeoutError:
             process.kill()
             await process.wait()
+        self._release_store()
+
+    def _release_store(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def remove_store(self) -> None:
         """Delete the store; only when stopped."""

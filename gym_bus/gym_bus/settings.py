@@ -65,7 +65,9 @@ class BusConfig(_Section, frozen=True):
     heartbeat_s: Seconds = 20.0
     """How often a worker extends what it holds; well below `ack_wait_s`."""
     max_deliver: PositiveInt = 5
-    """Deliveries of one message before it counts as poison."""
+    """Deliveries of one message before it counts as poison; what a worker hands back, at a restart, does not count."""
+    held_bytes: Bytes = 256 * MiB
+    """Bodies that a worker holds, those being worked on included, before it pulls no more."""
     connect_limit_s: Seconds = 5.0
     publish_limit_s: Seconds = 120.0
     """Seconds that one publish may take, waiting for a full stream included."""
@@ -182,12 +184,19 @@ class VerifierConfig(_Section, frozen=True):
     """Verifiers that this worker serves; empty for all it knows."""
     executor: Literal["ray", "local"] = "ray"
     """Where CPU-heavy and sandboxed verifiers run: Ray actors, or child processes of the worker."""
+    sandbox_level: Literal["namespaces", "landlock"] = "namespaces"
+    """The lowest level of isolation that will do for programs: `landlock` is for containers that allow no namespaces.
+    The highest that the machine gives is used; where it does not give this one, nothing is run."""
     limit_s: Seconds = 30.0
     """Wall-clock seconds of one verification on the pool, beyond the sandbox's own limits for its programs."""
     batch: PositiveInt = 16
     """Verifications per call of a pool worker."""
     tries: PositiveInt = 3
     """Tries of a check whose sandbox or pool worker was lost."""
+    recycle_after: PositiveInt = 100_000
+    """Checks after which a pool worker is replaced by a fresh one."""
+    recycle_bytes: Bytes = 2 * GiB
+    """Resident memory beyond which a pool worker is replaced."""
     ray: RayConfig = RayConfig()
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import subprocess
 import time
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
-from conftest import NatsServer, until
+from conftest import NatsServer, until, wait_for_port
 
 from gym_bus import subjects
-from gym_bus.bus import Bus, Delivery, Follower, Pull
+from gym_bus.bus import Bus, Delivery, Follower, Pull, connection, pull
 from gym_bus.errors import BusError, FailureKind
 from gym_bus.messages import Failed, Failure, Policy, Request, RolloutId, Scored
-from gym_bus.settings import BusConfig, StreamConfig
+from gym_bus.server import find_binary
+from gym_bus.settings import BusConfig, MiB, StreamConfig
 
 
 def a_request(job: str = "job", task: int = 0, rollout: int = 0, row: bytes = b'{"q":1}') -> Request:
@@ -21,13 +26,13 @@ def a_request(job: str = "job", task: int = 0, rollout: int = 0, row: bytes = b'
     )
 
 
-def a_result(task: int, reward: float = 1.0, job: str = "job") -> Scored:
+def a_result(task: int, reward: float = 1.0, job: str = "job", row: bytes = b"{}") -> Scored:
     return Scored(
         rollout=RolloutId(job, task, 0),
         agent="simple",
         verifier="math",
         reward=reward,
-        row=b"{}",
+        row=row,
         response=b"{}",
         policy=Policy(model="m"),
     )
@@ -84,10 +89,14 @@ async def test_a_body_over_the_inline_limit_travels_as_a_claim(nats_server: Nats
         assert await claiming.delete_blobs("job") == 0
 
 
-async def receive(bus: Bus, count: int, wanted: int = 1000) -> list[Delivery]:
+async def receive(bus: Bus, count: int, wanted: int = 1000, max_deliver: int = 5) -> list[Delivery]:
     got: list[Delivery] = []
     await bus.consumer(
-        subjects.REQUESTS, "test", subjects.request("batch", "simple", "*"), max_ack_pending=10_000, max_deliver=5
+        subjects.REQUESTS,
+        "test",
+        subjects.request("batch", "simple", "*"),
+        max_ack_pending=10_000,
+        max_deliver=max_deliver,
     )
     pull = Pull(bus, subjects.REQUESTS, "test", got.append, lambda: wanted - len(got))
     await pull.start()
@@ -182,6 +191,159 @@ async def test_stored_messages_are_listed_with_their_ids(bus: Bus) -> None:
     await bus.delete(subjects.REQUESTS, found[0][0])
     assert await bus.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 2
     assert await bus.message_at(subjects.REQUESTS, found[0][0]) is None
+
+
+async def test_deleting_what_is_gone_already_is_no_error(bus: Bus) -> None:
+    await bus.publish(a_request(), "job.0.0#1")
+    for sequence in (1, 1, 4711):
+        await bus.delete(subjects.REQUESTS, sequence)
+    assert await bus.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 0
+
+
+async def test_only_what_has_used_up_its_deliveries_is_stuck(bus: Bus) -> None:
+    await bus.consumer(
+        subjects.REQUESTS, "test", subjects.request("batch", "simple", "*"), max_ack_pending=100, max_deliver=1
+    )
+    for i in range(3):
+        await bus.publish(a_request(task=i), f"job.{i}.0#1")
+    dropped, done, leased = await receive(bus, 3, max_deliver=1)
+    await dropped.nak()
+    await done.ack()
+    await until(lambda: used_up(bus))
+    assert leased.sequence not in await bus.stuck_sequences(subjects.REQUESTS, subjects.requests_of("job"))
+    await bus.publish(a_request(task=3), "job.3.0#1")
+    await bus.ack_confirmed(leased.reply)
+    assert await bus.stuck_sequences(subjects.REQUESTS, subjects.requests_of("job")) == [dropped.sequence]
+    assert await bus.stuck(subjects.REQUESTS, subjects.requests_of("job")) == ["gym.request.batch.simple.job"]
+    assert await bus.stuck_sequences(subjects.REQUESTS, subjects.requests_of("other")) == []
+
+
+async def used_up(bus: Bus) -> bool:
+    """Whether the consumer has seen the nak and waits for one ack only."""
+    nudge = Pull(bus, subjects.REQUESTS, "test", lambda _: None, lambda: 1)  # looks at the message: it is not delivered
+    await nudge.start()
+    info = await bus.consumer_info(subjects.REQUESTS, "test")
+    await nudge.stop()
+    return bool(info.num_ack_pending == 1)
+
+
+async def test_healthy_traffic_is_never_stuck(bus: Bus) -> None:
+    answers: list[asyncio.Task[None]] = []
+    await bus.consumer(
+        subjects.REQUESTS, "test", subjects.request("batch", "simple", "*"), max_ack_pending=1000, max_deliver=5
+    )
+    pull = Pull(bus, subjects.REQUESTS, "test", lambda d: answers.append(asyncio.ensure_future(d.ack())), lambda: 200)
+    await pull.start()
+
+    async def publish() -> None:
+        for i in range(1500):
+            await bus.publish(a_request(task=i), f"job.{i}.0#1")
+
+    publishing = asyncio.create_task(publish())
+    while not publishing.done():
+        assert await bus.stuck_sequences(subjects.REQUESTS, subjects.requests_of("job")) == []
+    await publishing
+    await pull.stop()
+
+
+async def test_a_stopped_pull_leaves_nothing_leased_to_nobody(bus: Bus) -> None:
+    await asyncio.gather(*(bus.publish(a_request(task=i), f"job.{i}.0#1") for i in range(2000)))
+    await bus.consumer(
+        subjects.REQUESTS, "test", subjects.request("batch", "simple", "*"), max_ack_pending=10_000, max_deliver=-1
+    )
+    for _ in range(10):
+        got: list[Delivery] = []
+        pull = Pull(bus, subjects.REQUESTS, "test", got.append, lambda: 1000, takes_late=True)
+        await pull.start()
+        await pull.stop()
+        info = await bus.consumer_info(subjects.REQUESTS, "test")
+        assert info.num_ack_pending == len(got)
+        for delivery in got:
+            await bus.ack_confirmed(delivery.reply)
+
+
+async def test_what_comes_while_a_pull_stops_is_handed_back(bus: Bus) -> None:
+    await asyncio.gather(*(bus.publish(a_request(task=i), f"job.{i}.0#1") for i in range(300)))
+    await bus.consumer(
+        subjects.REQUESTS, "test", subjects.request("batch", "simple", "*"), max_ack_pending=10_000, max_deliver=-1
+    )
+    got: list[Delivery] = []
+    pull = Pull(bus, subjects.REQUESTS, "test", got.append, lambda: 300)
+    await pull.start()
+    await pull.stop()
+    assert len({d.sequence for d in await receive(bus, 300 - len(got))} | {d.sequence for d in got}) == 300
+
+
+async def test_a_reader_is_bounded_in_bytes(bus: Bus) -> None:
+    count, row = 90, b'{"text":"' + b"x" * 1_500_000 + b'"}'
+    for i in range(count):
+        await bus.publish(a_result(i, row=row), f"job.{i}.0#1")
+    follower = Follower(bus, subjects.RESULTS, subjects.results_of("job"), 1)
+    batches, most = [await follower.batch(5.0)], 0
+    while sum(map(len, batches)) < count:
+        await until(lambda: has_all_it_wants(follower, count))
+        most = max(most, follower._queued_bytes)
+        batches.append(await follower.batch(5.0))
+    await follower.close()
+    assert max(sum(d.size_bytes for d in batch) for batch in batches) <= pull.BATCH_BYTES
+    assert 2 * pull.BATCH_BYTES < most <= pull.HELD_BYTES + pull.PULL_BYTES
+    assert [d.sequence for batch in batches for d in batch] == list(range(1, count + 1))
+
+
+def has_all_it_wants(follower: Follower, last: int) -> bool:
+    assert follower._pull
+    return not follower._pull.outstanding or bool(follower._queue and follower._queue[-1].sequence == last)
+
+
+async def test_a_claimed_body_counts_where_its_message_is_held(nats_server: NatsServer, bus: Bus) -> None:
+    async with await Bus.connect(BusConfig(url=nats_server.url, inline_limit_bytes=1000)) as claiming:
+        await claiming.publish(a_request(row=b"x" * 5000), "job.0.0#1")
+        (delivery,) = await receive(claiming, 1)
+        assert len(delivery.data) == 0
+        assert delivery.size_bytes > 5000
+
+
+@contextlib.asynccontextmanager
+async def stock_server(folder: Path) -> AsyncIterator[str]:
+    """The address of a nats-server with nothing configured: it takes messages of 1 MB."""
+    server = NatsServer(folder)
+    process = subprocess.Popen(  # noqa: ASYNC220
+        [find_binary(), "-js", "-a", "127.0.0.1", "-p", str(server.port), "-sd", str(folder / "js")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for_port(server.port)
+        yield server.url
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+@pytest.mark.parametrize("length", [1024 * 1024 - 200, 1_500_000])
+async def test_a_server_that_takes_less_gets_claims(tmp_path: Path, length: int) -> None:
+    async with stock_server(tmp_path) as url, await Bus.connect(BusConfig(url=url, publish_limit_s=5.0)) as bus:
+        await bus.init()
+        await bus.publish(a_request(row=b"x" * length), "job.0.0#1")
+        (delivery,) = await receive(bus, 1)
+        message = await delivery.message()
+        assert isinstance(message, Request)
+        assert len(message.row) == length
+
+
+async def test_a_body_as_large_as_the_stream_takes_is_claimed(nats_server: NatsServer, bus: Bus) -> None:
+    async with await Bus.connect(BusConfig(url=nats_server.url, inline_limit_bytes=64 * MiB)) as roomy:
+        assert await roomy.publish(a_request(row=b"x" * (8 * MiB - 100)), "job.0.0#1")
+
+
+async def test_a_server_that_is_away_is_a_bus_error(own_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with await Bus.connect(BusConfig(url=own_server.url)) as bus:
+        await bus.init()
+        own_server.kill()
+        monkeypatch.setattr(connection, "API_LIMIT_S", 0.3)
+        for call in (bus.announce("gym.control.x"), bus.bucket("another"), bus.put("a-third", "k", 1)):
+            with pytest.raises(BusError):
+                await call
 
 
 async def test_an_unreachable_server_is_named_without_its_password() -> None:

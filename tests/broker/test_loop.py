@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
+import msgspec
 from conftest import until
 
 from gym_bus import subjects
 from gym_bus.bus import Bus, as_result
 from gym_bus.errors import AgentError, BusError, FailureKind, SandboxError
 from gym_bus.messages import Attempt, Failed, Message, Policy, Request, Result, RolloutId, decode
-from gym_bus.settings import BusConfig
+from gym_bus.settings import BusConfig, MiB, StreamConfig
 from gym_bus.workers.loop import Cancellations, Loop, Source
 
 
@@ -228,6 +230,201 @@ async def test_draining_hands_back_what_is_not_finished(bus: Bus) -> None:
     async with looping(bus, handler):
         await until(lambda: drained(bus))
     assert len(handler.given) == 6
+
+
+async def test_a_full_stream_makes_the_outcome_wait_and_costs_no_second_try(bus: Bus) -> None:
+    tight = BusConfig(
+        url=bus.config.url,
+        attempts=StreamConfig(max_msgs=1),
+        publish_limit_s=0.2,
+        max_deliver=2,
+        ack_wait_s=1.0,
+        heartbeat_s=0.2,
+    )
+    handler = Handler(at_once)
+    async with await Bus.connect(tight) as narrow:
+        await narrow.init()
+        publish, tries = narrow.publish, 0
+
+        async def counted(*args: Any, **options: Any) -> bool:
+            nonlocal tries
+            tries += 1
+            return await publish(*args, **options)
+
+        narrow.publish = counted  # type: ignore[method-assign]
+        try:
+            async with looping(narrow, handler) as loop:
+                await order(bus, 3)
+                await until(lambda: tries >= 9, 20)  # three are published at once, two of them three times more
+                assert loop.in_flight == 2
+                await until(lambda: emptied(bus), 20)
+        finally:
+            await bus.init()
+    assert len(handler.given) == 3
+    assert await waiting(bus, subjects.RESULTS) == 0
+
+
+async def emptied(bus: Bus) -> bool:
+    """Verify nothing, drop every attempt: whether no request is left."""
+    await bus.purge(subjects.ATTEMPTS, subjects.attempts_of("job"))
+    return await drained(bus)
+
+
+async def test_an_outcome_that_waits_for_a_full_stream_is_dropped_with_its_job(bus: Bus) -> None:
+    async with await Bus.connect(BusConfig(url=bus.config.url, attempts=StreamConfig(max_msgs=1))) as narrow:
+        await narrow.init()
+        handler = Handler(at_once)
+        try:
+            async with looping(narrow, handler) as loop:
+                await order(bus, 3)
+                await until(lambda: loop.in_flight == 2 and len(handler.given) == 3 and not handler.running)
+                handler.cancellations.add("job", 2e9)
+                await bus.purge(subjects.REQUESTS, subjects.requests_of("job"))
+                loop.drop("job")
+                await until(lambda: loop.in_flight == 0)
+        finally:
+            await bus.init()
+
+
+async def test_handing_back_never_makes_a_message_poison(bus: Bus) -> None:
+    async with await Bus.connect(BusConfig(url=bus.config.url, max_deliver=3)) as impatient:
+        await order(bus, 2)
+        for _ in range(6):
+            async with looping(impatient, Handler(forever), concurrency=1, prefetch=1) as loop:
+                await until(lambda: loop.in_flight == 1 and loop.buffered == 1)
+        async with looping(impatient, Handler(at_once)):
+            await until(lambda: drained(bus))
+    assert await waiting(bus, subjects.ATTEMPTS) == 2
+    assert await waiting(bus, subjects.RESULTS) == 0
+
+
+async def test_what_was_handed_back_still_ends_as_poison_where_it_kills_its_workers(bus: Bus) -> None:
+    async def as_if_the_worker_died(message: Message) -> Attempt:
+        raise BusError("no outcome")
+
+    dying = Handler(as_if_the_worker_died)
+    async with await Bus.connect(BusConfig(url=bus.config.url, max_deliver=2)) as impatient:
+        await order(bus, 1)
+        for _ in range(3):
+            async with looping(impatient, Handler(forever)) as loop:
+                await until(lambda: loop.in_flight == 1)
+        async with looping(impatient, dying):
+            await until(lambda: drained(bus), 30)
+    result = await the_result(bus)
+    assert isinstance(result, Failed)
+    assert result.failure.kind is FailureKind.POISON
+    assert len(dying.given) == 1
+    assert result.row == b'{"q":1}'
+
+
+async def test_draining_under_load_leaves_nothing_leased(bus: Bus) -> None:
+    await order(bus, 3000)
+    for _ in range(5):
+        given = (handler := Handler(at_once)).given
+        async with looping(bus, handler, concurrency=64, prefetch=16):
+            await until(lambda given=given: len(given) > 50)
+    async with looping(bus, Handler(at_once), concurrency=64, prefetch=16):
+        await until(lambda: drained(bus), bus.config.ack_wait_s / 4)  # a lease of nobody would last longer
+    assert await waiting(bus, subjects.ATTEMPTS) == 3000
+
+
+async def test_what_is_held_is_bounded_in_bytes(bus: Bus) -> None:
+    gate = asyncio.Event()
+
+    async def wait(message: Message) -> Attempt:
+        await gate.wait()
+        return an_attempt(message)
+
+    for i in range(40):
+        request = msgspec.structs.replace(a_request(i), row=b"x" * MiB)
+        await bus.publish(request, f"job.{i}.0#1")
+    async with (
+        await Bus.connect(BusConfig(url=bus.config.url, held_bytes=4 * MiB)) as small,
+        looping(small, Handler(wait), concurrency=32, prefetch=8) as loop,
+    ):
+        await until(lambda: loop.in_flight > 3 and not loop._pulls[1].outstanding)
+        assert loop.in_flight + loop.buffered <= 4 + 9  # one pull request more than the bound
+        gate.set()
+        await until(lambda: drained(bus))
+
+
+def verifier_sources(count: int) -> list[Source]:
+    return [
+        Source(stream=subjects.ATTEMPTS, consumer=f"verifier-v{i}", subject=subjects.attempt(f"v{i}", "*"))
+        for i in range(count)
+    ]
+
+
+async def attempts(bus: Bus, verifier: str, count: int) -> None:
+    await asyncio.gather(
+        *(
+            bus.publish(
+                msgspec.structs.replace(an_attempt(a_request(i, f"job-{verifier}")), verifier=verifier),
+                f"job-{verifier}.{i}.0#1",
+            )
+            for i in range(count)
+        )
+    )
+
+
+async def leased(bus: Bus, sources: list[Source]) -> int:
+    infos = [await bus.consumer_info(subjects.ATTEMPTS, source.consumer) for source in sources]
+    return sum(info.num_ack_pending or 0 for info in infos)
+
+
+async def test_several_sources_share_the_room(bus: Bus) -> None:
+    sources = verifier_sources(5)
+    for i in range(5):
+        await attempts(bus, f"v{i}", 60)
+    loop = Loop(bus, Handler(forever), sources, concurrency=32, prefetch=8, max_ack_pending=1000, worker="w")
+    await loop.start()
+    await until(lambda: loop.in_flight == 32 and loop.buffered >= 8)
+    for _ in range(20):  # round trips: what was asked for too much would have come
+        assert await leased(bus, sources) <= 32 + 8 + 4
+    await loop.drain(0.0)
+
+
+async def test_one_busy_source_of_several_fills_every_slot(bus: Bus) -> None:
+    loop = Loop(
+        bus, Handler(forever), verifier_sources(5), concurrency=32, prefetch=8, max_ack_pending=1000, worker="w"
+    )
+    await loop.start()
+    await attempts(bus, "v3", 200)
+    await until(lambda: loop.in_flight == 32 and loop.buffered)
+    await loop.drain(0.0)
+
+
+async def test_empty_sources_do_not_keep_the_only_slot(bus: Bus) -> None:
+    loop = Loop(bus, Handler(at_once), verifier_sources(5), concurrency=1, prefetch=0, max_ack_pending=9, worker="w")
+    await loop.start()
+    await attempts(bus, "v4", 20)
+    await attempts(bus, "v1", 20)
+    await until(lambda: loop.done >= 40)
+    await loop.drain(0.0)
+
+
+async def test_an_outcome_that_cannot_be_encoded_is_a_failure(bus: Bus) -> None:
+    async def unencodable(message: Message) -> Attempt:
+        return msgspec.structs.replace(an_attempt(message), agent_worker="\ud800")
+
+    async with looping(bus, Handler(unencodable)):
+        await order(bus, 1)
+        await until(lambda: drained(bus))
+    result = await the_result(bus)
+    assert isinstance(result, Failed)
+    assert result.failure.kind is FailureKind.AGENT_ERROR
+
+
+async def test_an_error_whose_words_cannot_be_encoded_is_a_failure(bus: Bus) -> None:
+    async def refuse(message: Message) -> Attempt:
+        raise AgentError("no \ud800")
+
+    async with looping(bus, Handler(refuse)):
+        await order(bus, 1)
+        await until(lambda: drained(bus))
+    result = await the_result(bus)
+    assert isinstance(result, Failed)
+    assert result.failure.detail == "no ?"
 
 
 async def test_a_worker_that_dies_loses_its_lease_not_its_work(bus: Bus) -> None:

@@ -234,3 +234,60 @@ def test_an_output_folder_that_cannot_be_written_is_named(cli: Cli, choices: Pat
     (cli.folder / "file").write_text("")
     command = ["eval", "run", str(choices), "--model", "simulated", "--output", "file/out"]
     assert "cannot be written" in cli.run(*command, code=2).stderr
+
+
+def test_a_terminated_run_stops_in_order_and_the_same_command_finishes_it(cli: Cli, choices: Path) -> None:
+    slow = ["models.simulated.simulated.latency_s.mean=0.3", "agent.concurrency=16"]
+    command = ["eval", "run", str(choices), "--model", "simulated", "--output", "out"]
+    running = cli.start(*command, *slow)
+    rollouts = cli.folder / "out" / "rollouts.jsonl"
+    wait_for(lambda: rollouts.exists() and rollouts.read_bytes().count(b"\n") > 20)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(40) == 130
+    assert running.stdout
+    assert "the same command resumes" in running.stdout.read()
+    cli.run(*command, *slow[:1], "models.simulated.simulated.latency_s.mean=0.3")
+    every_rollout_has_one_line(cli.folder / "out", 300)
+
+
+def test_a_server_on_a_port_or_a_store_that_is_taken_is_refused(cli: Cli) -> None:
+    server = cli.start("bus", "serve", "--port", "0", "--store", "nats", until="serving")
+    port = server.said.rpartition(":")[2]  # type: ignore[attr-defined]
+    taken = cli.run("bus", "serve", "--port", port, "--store", "other", code=2)
+    assert "address already in use" in taken.stderr
+    shared = cli.run("bus", "serve", "--port", "0", "--store", "nats", code=2)
+    assert "another nats-server keeps its streams there" in shared.stderr
+
+
+def test_a_store_that_the_user_named_is_kept(cli: Cli, choices: Path) -> None:
+    (cli.folder / "mine").mkdir()
+    (cli.folder / "mine" / "precious.txt").write_text("x")
+    command = ["eval", "run", str(choices), "--model", "simulated", "--limit", "3", "--output", "out"]
+    cli.run(*command, "bus.embedded.store_dir=mine")
+    assert (cli.folder / "mine" / "precious.txt").exists()
+    assert not (cli.folder / "out" / ".bus").exists()
+
+
+def test_a_run_that_cannot_reach_its_server_leaves_the_folder_free(cli: Cli, choices: Path) -> None:
+    command = ["eval", "run", str(choices), "--model", "simulated", "--output", "out"]
+    cli.run(*command, "--nats", "nats://127.0.0.1:9", "bus.connect_limit_s=1.0", code=2)
+    cli.run(*command, "--limit", "3")
+
+
+@pytest.mark.parametrize(
+    "argument", ["models.policy.hedaers.Authorization=sk-SECRET", "models.policy.api_key=[sk-SECRET", "sk-SECRET"]
+)
+def test_a_mistaken_argument_is_told_without_what_may_be_a_secret(cli: Cli, choices: Path, argument: str) -> None:
+    told = cli.run("eval", "run", str(choices), "--model", "simulated", argument, code=2).stderr
+    assert "argument" in told or "key" in told
+    assert "SECRET" not in told
+
+
+def test_a_job_that_is_over_is_not_submitted_again(cli: Cli, choices: Path) -> None:
+    server = cli.start("bus", "serve", "--port", "0", "--store", "nats", until="serving")
+    url = server.said.split()[-1]  # type: ignore[attr-defined]
+    command = ["eval", "submit", str(choices), "--model", "simulated", "--nats", url, "--output", "sub"]
+    job = cli.run(*command).stdout.strip()
+    assert cli.json(*command) == {"job": job, "rollouts": 0}
+    cli.run("eval", "cancel", job, "--nats", url)
+    assert "is cancelled already" in cli.run(*command, code=2).stderr

@@ -293,7 +293,7 @@ def check(row: Any, answer: Any, verifier: str = "code_gen", options: bytes = b"
 
 
 def answers(runner: VerifierRunner, *checks: Check) -> list[Answer]:
-    return decode_answers(runner.batch(encode_checks(list(checks))))
+    return decode_answers(runner.batch(encode_checks(list(checks)))).answers
 
 
 def test_a_batch_is_judged_in_order_and_a_broken_check_touches_no_other(runner: VerifierRunner) -> None:

@@ -55,7 +55,7 @@ def rollout(task: int, index: int, **fields: Any) -> dict[str, Any]:
         "_ng_task_index": task,
         "_ng_rollout_index": index,
         "responses_create_params": {"input": "?"},
-        "response": {"id": f"{task}-{index}"},
+        "response": {"id": f"{task}-{index}", "output": []},
         "reward": 0.0,
         "reward_components": {"a": 1},
         **fields,
@@ -90,7 +90,7 @@ def test_fields_that_the_rollout_lost_come_from_its_input(tmp_path: Path) -> Non
         "agent_ref": {"name": "simple"},
         "verifier_metadata": {"n": 2},
     }
-    assert json.loads(first.response) == {"id": "1-0"}
+    assert json.loads(first.response) == {"id": "1-0", "output": []}
     assert json.loads(second.row)["verifier_metadata"] == {"n": 1}
     assert "gym_bus" not in json.loads(second.row)
 
@@ -124,7 +124,7 @@ def test_rollouts_alone_carry_their_own_rows(tmp_path: Path) -> None:
 
 def test_rows_without_indices_are_joined_by_their_order(tmp_path: Path) -> None:
     inputs = write(tmp_path / "in.jsonl", {"q": "a"}, {"q": "b"})
-    rollouts = write(tmp_path / "out.jsonl", {"response": {}}, {"response": {}})
+    rollouts = write(tmp_path / "out.jsonl", {"response": {"output": []}}, {"response": {"output": []}})
 
     joined = list(join_rollouts(inputs, rollouts))
 
@@ -135,7 +135,7 @@ def test_rows_without_indices_are_joined_by_their_order(tmp_path: Path) -> None:
 def test_inputs_with_byte_order_mark_and_leading_blanks_are_found_again(tmp_path: Path) -> None:
     inputs = tmp_path / "in.jsonl"
     inputs.write_bytes(b'\xef\xbb\xbf{"q": "a"}\n\n   {"q": "b"}')
-    rollouts = write(tmp_path / "out.jsonl", {"response": {}}, {"response": {}})
+    rollouts = write(tmp_path / "out.jsonl", {"response": {"output": []}}, {"response": {"output": []}})
 
     assert [json.loads(j.row) for j in join_rollouts(inputs, rollouts)] == [{"q": "a"}, {"q": "b"}]
 
@@ -179,3 +179,10 @@ def test_the_files_of_a_job_are_named_after_its_rollouts(tmp_path: Path) -> None
     assert files.profile.name == "run7_reward_profiling.jsonl"
     assert files.aggregate.name == "run7_aggregate_metrics.json"
     assert JobFiles.beside(tmp_path / "rollouts.jsonl") == JobFiles(tmp_path)
+
+
+def test_rows_of_a_data_set_stand_for_every_rollout_of_their_task(tmp_path: Path) -> None:
+    inputs = write(tmp_path / "in.jsonl", {"q": "a"}, {"q": "b"})
+    rollouts = write(tmp_path / "out.jsonl", rollout(1, 0), rollout(1, 1), rollout(0, 3))
+
+    assert [json.loads(j.row)["q"] for j in join_rollouts(inputs, rollouts)] == ["b", "b", "a"]

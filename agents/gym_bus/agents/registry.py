@@ -11,5 +11,8 @@ AGENTS: Registry[type[Agent]] = Registry("agent", "gym_bus.agents", {"simple": "
 TOOLBOXES: Registry[type[Toolbox]] = Registry(
     "toolbox",
     "gym_bus.toolboxes",
-    {"example_multi_step": "gym_bus.agents.example_multi_step:ExampleMultiStep"},
+    {
+        "example_multi_step": "gym_bus.agents.example_multi_step:ExampleMultiStep",
+        "python": "gym_bus.agents.python_tool:PythonTool",
+    },
 )

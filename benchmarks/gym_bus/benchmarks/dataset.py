@@ -17,6 +17,9 @@ import msgspec
 
 from gym_bus.benchmarks.prompt import Prompt
 from gym_bus.errors import DataError, did_you_mean
+from gym_bus.logs import get_logger
+
+log = get_logger(__name__)
 
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is no row: it is a file that is no JSONL."""
@@ -28,6 +31,9 @@ DAMAGED = (OSError, EOFError, zlib.error)
 
 RESULT_KEYS = frozenset({"response", "reward", "reward_components", "gym_bus"})
 """Keys that results set, as every key that starts with `_ng_`: rows of an earlier run are cleaned of them."""
+
+PER_ROLLOUT = frozenset({"responses_create_params", "agent_ref"})
+"""Row keys that may differ between rollouts of one task."""
 
 Convert = Callable[[dict[str, Any]], dict[str, Any] | None]
 """A row as the data set's authors published it to a row of ours; None where it is not part of the benchmark."""
@@ -262,6 +268,8 @@ class _TaskNumbers:
     def __init__(self) -> None:
         self._by_text: dict[bytes, int] = {}
         self._rows: Counter[int] = Counter()
+        self._contents: dict[int, bytes] = {}
+        self._warned = False
         self._stamped: bool | None = None
 
     def __len__(self) -> int:
@@ -273,10 +281,19 @@ class _TaskNumbers:
             self._stamped = stamp is not None
         if self._stamped != (stamp is not None):
             raise DataError(f"{where}: {TASK_KEY} must be in every row or in none, or tasks would be mixed up")
-        task = self._next(text) if stamp is None else _task_index(stamp, where)
+        task = self._next(text) if stamp is None else self._stamped_task(stamp, row, where)
         occurrence = self._rows[task]
         self._rows[task] += 1
         return task, occurrence
+
+    def _stamped_task(self, stamp: msgspec.Raw, row: Row, where: str) -> int:
+        task = _task_index(stamp, where)
+        # Create params and agents may differ from rollout to rollout of one task.
+        content = _digest(_encode({k: v for k, v in row.items() if not k.startswith("_ng_") and k not in PER_ROLLOUT}))
+        if self._contents.setdefault(task, content) != content and not self._warned:
+            self._warned = True
+            log.warning("one_task_index_for_different_rows", row=where, task_index=task)
+        return task
 
     def _next(self, text: bytes) -> int:
         return self._by_text.setdefault(_digest(text), len(self._by_text))
@@ -364,8 +381,10 @@ def _decoded(row: Row) -> dict[str, Any]:
 
 def _missing(keys: Sequence[str], row: Mapping[str, Any]) -> str:
     named = ", ".join(repr(key) for key in keys)
+    others = [key for key in row if key not in keys]
     return (
-        f"the key{'s' if len(keys) > 1 else ''} {named}, which the row lacks or has null: {did_you_mean(keys[0], row)}"
+        f"the key{'s' if len(keys) > 1 else ''} {named}, which the row lacks or has null: "
+        f"{did_you_mean(keys[0], others)}"
     )
 
 

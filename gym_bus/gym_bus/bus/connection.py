@@ -19,8 +19,8 @@ from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 
 from gym_bus import subjects
-from gym_bus.bus.publish import Publisher
-from gym_bus.bus.pull import CLAIM_HEADER, ID_HEADER, Follower
+from gym_bus.bus.publish import Publisher, Refused
+from gym_bus.bus.pull import CLAIM_BYTES_HEADER, CLAIM_HEADER, ID_HEADER, Delivery, Follower
 from gym_bus.errors import BusError, UsageError
 from gym_bus.logs import get_logger
 from gym_bus.messages import Attempt, Message, Request, Result, encode
@@ -32,6 +32,14 @@ API_LIMIT_S = 10.0
 FILE_LIMIT_S = 600.0
 DEDUPE_WINDOW_S = 120.0
 MAX_MESSAGE_BYTES = 8 * MiB
+HEADER_ROOM_BYTES = 4096
+"""What the headers of one message may take: servers and streams count them with the body."""
+HAND_BACK = "gym.handback"
+HAND_BACK_LIMIT_S = 2.0
+SECOND_LOOK_S = 0.5
+"""An acked message leaves its stream a moment after the ack."""
+MESSAGE_GONE = (10037, 10057)
+"""err_codes of a deletion: nothing at this sequence; it failed, for one of many reasons."""
 WORKER_AGE_S = 30.0
 """A worker that has not reported for so long is forgotten."""
 
@@ -139,7 +147,11 @@ class Bus:
                 discard_new_per_subject=True,
             ),
             self._stream(
-                subjects.ADVISORIES, advisories, c.advisories, retention=limits, discard=api.DiscardPolicy.OLD
+                subjects.ADVISORIES,
+                [*advisories, f"{HAND_BACK}.>"],
+                c.advisories,
+                retention=limits,
+                discard=api.DiscardPolicy.OLD,
             ),
         ]
         try:
@@ -148,8 +160,8 @@ class Bus:
             for stream in streams:
                 await self._ensure(stream)
             for bucket in (subjects.JOBS, subjects.WORKERS, subjects.LIMITS):
-                await self.bucket(bucket)
-            await self._blobs()
+                await self._open_bucket(bucket)
+            await self._open_blobs()
         except (TimeoutError, nats.js.errors.Error, nats.errors.Error) as e:
             raise BusError(f"JetStream did not set up the streams: {e or type(e).__name__}; {_remedy(e)}") from None
         return [*(str(s.name) for s in streams), subjects.JOBS, subjects.WORKERS, subjects.LIMITS, subjects.BLOBS]
@@ -177,7 +189,11 @@ class Bus:
             await self.js.update_stream(config)
 
     async def bucket(self, name: str) -> KeyValue:
-        """A key-value bucket, created on first use."""
+        """A key-value bucket, created on first use. Raises BusError where the server does not answer."""
+        store: KeyValue = await self._api(self._open_bucket(name), f"bucket {name}")
+        return store
+
+    async def _open_bucket(self, name: str) -> KeyValue:
         if name not in self._stores:
             try:
                 self._stores[name] = await self.js.key_value(name)
@@ -190,6 +206,10 @@ class Bus:
         return store
 
     async def _blobs(self) -> ObjectStore:
+        store: ObjectStore = await self._api(self._open_blobs(), f"object store {subjects.BLOBS}")
+        return store
+
+    async def _open_blobs(self) -> ObjectStore:
         if subjects.BLOBS not in self._stores:
             try:
                 self._stores[subjects.BLOBS] = await self.js.object_store(subjects.BLOBS)
@@ -252,22 +272,55 @@ class Bus:
             for consumer in consumers:
                 await self._api(self.js.delete_consumer(stream, str(consumer.name)), f"consumer {consumer.name}")
 
-    async def stuck(self, stream: str, subject: str) -> list[str]:
-        """Subjects with messages that their consumer will never deliver: it has nothing pending and waits for no ack.
+    async def stuck_sequences(self, stream: str, subject: str) -> list[int]:
+        """Messages of `subject` (wildcards allowed) that their consumer will never deliver (again).
 
         A message whose deliveries are used up stays in its work queue like that. Subjects that no consumer serves yet
-        are not stuck: they wait for a worker.
+        are not stuck: they wait for a worker. While a consumer waits for acks only what lies below all of them counts,
+        so that a stuck message of a busy queue may be found later. Where there are any, the call takes half a second
+        more for a second look.
+
+        Raises:
+            BusError: the broker did not answer.
         """
-        info = await self._api(self.js.stream_info(stream, subjects_filter=subject), f"stream {stream}")
-        if not info.state.subjects:
+        first = await self._passed_by(stream, subject)
+        if not first:
             return []
+        await asyncio.sleep(SECOND_LOOK_S)
+        return sorted(first.keys() & (await self._passed_by(stream, subject)).keys())
+
+    async def stuck(self, stream: str, subject: str) -> list[str]:
+        """Subjects with at least one stuck message; others of the same subject may be well: see `stuck_sequences`."""
+        stuck = await self.stuck_sequences(stream, subject)
+        if not stuck:
+            return []
+        passed_by = await self._passed_by(stream, subject)
+        return sorted({passed_by[sequence] for sequence in stuck if sequence in passed_by})
+
+    async def _passed_by(self, stream: str, subject: str) -> dict[int, str]:
+        """Subjects by sequence of what lies where its consumer has delivered all and waits for no ack."""
+        # The consumers first: what they had settled by now cannot be a message that comes later.
+        settled = await self._settled(stream)
+        info = await self._api(self.js.stream_info(stream, subjects_filter=subject), f"stream {stream}")
+        found: dict[int, str] = {}
+        for name in info.state.subjects or {}:
+            settled_up_to = settled.get(name.rpartition(".")[0], 0)
+            async for sequence, _, _ in self.messages(stream, name):
+                if sequence > settled_up_to:
+                    break
+                found[sequence] = name
+        return found
+
+    async def _settled(self, stream: str) -> dict[str, int]:
+        """By subject without its last token: the stream sequence up to which the consumer will do nothing more."""
         consumers = await self._api(self.js.consumers_info(stream), f"consumers of {stream}")
-        idle = {
-            str(c.config.filter_subject).rpartition(".")[0]
+        return {
+            str(c.config.filter_subject).rpartition(".")[0]: int(
+                (c.ack_floor if c.num_ack_pending else c.delivered).stream_seq or 0
+            )
             for c in consumers
-            if not c.num_pending and not c.num_ack_pending
+            if c.ack_floor and c.delivered
         }
-        return [name for name in info.state.subjects if name.rpartition(".")[0] in idle]
 
     # -- publishing ---------------------------------------------------------------------------------------------------
 
@@ -280,7 +333,9 @@ class Bus:
             lane: the priority class, for requests.
 
         Raises:
-            BusError: the broker did not take it within `publish_limit_s`; a full stream is waited for.
+            PayloadTooLarge, Refused: publishing it again cannot help.
+            BusError: the broker did not take it within `publish_limit_s`; a full stream is waited for so long.
+            msgspec.EncodeError, TypeError, ValueError: the message holds what cannot be encoded.
         """
         if isinstance(message, Request):
             subject = subjects.request(lane, message.agent, message.rollout.job)
@@ -291,10 +346,20 @@ class Bus:
             subject = subjects.result(r.job, r.task_index, r.rollout_index)
         payload = encode(message)
         headers = {ID_HEADER: message_id}
-        if len(payload) > self.config.inline_limit_bytes:
+        if len(payload) > self.inline_limit_bytes:
             headers[CLAIM_HEADER] = await self._store_blob(subject, message_id, payload)
+            headers[CLAIM_BYTES_HEADER] = str(len(payload))
             payload = b""
         return await self._publisher.publish(subject, payload, headers)
+
+    @property
+    def inline_limit_bytes(self) -> int:
+        """The largest body that travels in its message: what is configured, or less where server or stream take less.
+
+        A server closes the connection of whoever sends more than its `max_payload`, 1 MB as it comes.
+        """
+        taken = min(self.client.max_payload, MAX_MESSAGE_BYTES) - HEADER_ROOM_BYTES
+        return max(0, min(self.config.inline_limit_bytes, taken))
 
     async def _store_blob(self, subject: str, message_id: str, payload: bytes) -> str:
         job = message_id.split(".", 1)[0]
@@ -303,8 +368,19 @@ class Bus:
         return key
 
     async def fetch_blob(self, key: str) -> bytes:
-        """The body behind a claim."""
-        found = await self._api((await self._blobs()).get(key), f"object {key}")
+        """The body behind a claim.
+
+        Raises:
+            Refused: there is none.
+            BusError: the object store did not answer.
+        """
+        blobs = await self._blobs()
+        try:
+            found = await asyncio.wait_for(blobs.get(key), API_LIMIT_S)
+        except nats.js.errors.NotFoundError as e:
+            raise Refused(f"object {key}: {e}") from None
+        except (TimeoutError, nats.errors.Error) as e:
+            raise BusError(f"object {key}: {e or type(e).__name__}") from None
         return bytes(found.data or b"")
 
     async def store_file(self, key: str, path: Path) -> None:
@@ -341,6 +417,25 @@ class Bus:
         """Answer a delivery. Where the connection is away the answer is dropped and the lease runs out."""
         with contextlib.suppress(nats.errors.Error):
             await self.client.publish(reply, body)
+
+    async def hand_back(self, delivery: Delivery) -> None:
+        """Return a leased message that this worker did not get done, through no fault of the message.
+
+        The broker counts this delivery like any other, so it is noted beside (see `handed_back`): first the note, then
+        the nak. A crash in between costs the message one further try. A note that cannot be stored costs it one less.
+        """
+        note = f"{_hand_backs_of(delivery)}.{delivery.deliveries}"
+        with contextlib.suppress(BusError, TimeoutError):
+            await asyncio.wait_for(self._publisher.publish(note, b"", {ID_HEADER: note}), HAND_BACK_LIMIT_S)
+        await delivery.nak()
+
+    async def handed_back(self, delivery: Delivery) -> int:
+        """How many of a message's deliveries ended in `hand_back`; a week's are known. Raises BusError."""
+        notes = f"{_hand_backs_of(delivery)}.*"
+        info = await self._api(
+            self.js.stream_info(subjects.ADVISORIES, subjects_filter=notes), f"stream {subjects.ADVISORIES}"
+        )
+        return len(info.state.subjects or {})  # distinct deliveries: a note stored twice counts once
 
     async def ack_confirmed(self, reply: str) -> None:
         """Ack a delivery and wait until the broker says that it has noted it. Raises BusError where it does not."""
@@ -405,9 +500,13 @@ class Bus:
         return (found.headers or {}).get(ID_HEADER, ""), found.data or b""
 
     async def delete(self, stream: str, sequence: int) -> None:
-        """Remove one message."""
-        with contextlib.suppress(nats.js.errors.NotFoundError):
-            await self._api(self.js.delete_msg(stream, sequence), f"stream {stream}")
+        """Remove one message; nothing happens where it is gone already. Raises BusError."""
+        try:
+            await asyncio.wait_for(self.js.delete_msg(stream, sequence), API_LIMIT_S)
+        except (TimeoutError, nats.errors.Error) as e:
+            may_be_gone = getattr(e, "err_code", None) in MESSAGE_GONE
+            if not may_be_gone or await self.message_at(stream, sequence) is not None:
+                raise BusError(f"stream {stream}: {e or type(e).__name__}") from None
 
     async def purge(self, stream: str, subject: str) -> None:
         """Remove every message of `subject`."""
@@ -465,9 +564,12 @@ class Bus:
             raise BusError(f"{bucket}: {e or type(e).__name__}") from None
 
     async def announce(self, subject: str, body: bytes = b"") -> None:
-        """Tell whoever listens now; not stored."""
-        await self.client.publish(subject, body)
-        await self.client.flush(timeout=2)
+        """Tell whoever listens now; not stored. Raises BusError where the server does not confirm within 2 s."""
+        try:
+            await self.client.publish(subject, body)
+            await self.client.flush(timeout=2)
+        except (TimeoutError, nats.errors.Error) as e:
+            raise BusError(f"{subject}: {e or type(e).__name__}") from None
 
     async def listen(self, subject: str, callback: Callable[[str, bytes], None]) -> None:
         """Call back for every announcement on `subject`."""
@@ -476,6 +578,11 @@ class Bus:
             callback(message.subject, message.data)
 
         await self.client.subscribe(subject, cb=on_message)
+
+
+def _hand_backs_of(delivery: Delivery) -> str:
+    # The time tells the message from one at the same sequence of a stream that was made anew or rolled back.
+    return f"{HAND_BACK}.{delivery.stream}.{delivery.sequence}.{delivery.stored_at_ns}"
 
 
 def _remedy(error: Exception) -> str:

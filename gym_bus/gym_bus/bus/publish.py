@@ -39,6 +39,12 @@ class _PubAck(msgspec.Struct):
 _pub_ack_decoder = msgspec.json.Decoder(_PubAck)
 
 
+class Refused(BusError):
+    """The broker does not take this message, and would not take it later either."""
+
+    retryable = False
+
+
 class Admission:
     """A gate bounded in count and bytes; waiters pass in the order they came."""
 
@@ -112,7 +118,7 @@ class Publisher:
             self._sweeper.cancel()
         for entry in self._unacked.values():
             if not entry.future.done():
-                entry.future.set_exception(BusError("the connection was closed before the broker acked"))
+                entry.future.set_exception(Refused("the connection was closed before the broker acked"))
                 entry.future.exception()  # whoever waits gets it; where nobody does, it is no unhandled error
 
     async def _on_ack(self, message: Msg) -> None:
@@ -148,7 +154,8 @@ class Publisher:
 
         Raises:
             PayloadTooLarge: the stream does not take messages of this size.
-            BusError: no ack within the limit, or the stream refuses for a reason that waiting does not mend.
+            Refused: the stream refuses for a reason that waiting does not mend, or the connection was closed.
+            BusError: no ack within the limit, or the stream was full for so long: worth going on.
         """
         await self._gate.enter(len(payload))
         self._token += 1
@@ -166,6 +173,10 @@ class Publisher:
                     return False
         except nats.errors.MaxPayloadError as e:
             raise PayloadTooLarge(f"{subject}: {len(payload)} bytes are more than the server takes") from e
+        except (nats.errors.ConnectionClosedError, nats.errors.ConnectionDrainingError) as e:
+            raise Refused(f"{subject}: the connection is closed") from e
+        except nats.errors.Error as e:
+            raise BusError(f"{subject}: {e or type(e).__name__}") from e
         finally:
             self._unacked.pop(token, None)
             self._gate.leave(len(payload))
@@ -179,7 +190,7 @@ class Publisher:
         if "message too large" in text or "message size exceeds" in text:
             raise PayloadTooLarge(f"{subject}: {text}")
         if error.code not in (500, 503) and "exceeded" not in text:
-            raise BusError(f"{subject}: the broker refused the message: {text}")
+            raise Refused(f"{subject}: the broker refused the message: {text}")
         if time.monotonic() > deadline:
             raise BusError(f"{subject}: the broker refused the message for {self._limit_s:g} s: {text}")
         await asyncio.sleep(random.uniform(0.02, 0.2))

@@ -27,28 +27,58 @@ log = get_logger(__name__)
 PULL_MESSAGES = 256
 PULL_BYTES = 16 * MiB
 """Of one pull request: the server cuts a connection that is sent much more at once."""
+PULL_LEAST_BYTES = 9 * MiB
+"""One pull request must let the largest message through, its headers included."""
+HELD_BYTES = 64 * MiB
+"""Bodies that one reader holds and has asked for."""
+BATCH_BYTES = 16 * MiB
+"""Bodies of one batch, unless a single one is larger."""
+SIZE_GUESS_BYTES = 16 * 1024
+"""Of a message, before one has come."""
 PULL_EXPIRES_S = 30.0
+PULL_SHARED_EXPIRES_S = 5.0
+"""Where other pulls wait for the room that this one has asked for."""
+STOP_LIMIT_S = 2.0
+STOP_ARRIVALS_S = 1.0
+STOP_QUIET_S = 0.1
+"""Without an arrival: what was asked for is served, as far as the queue has it."""
 IDLE_HEARTBEAT_S = 2.0
 
 CLAIM_HEADER = "Gym-Claim"
+CLAIM_BYTES_HEADER = "Gym-Claim-Bytes"
 ID_HEADER = "Nats-Msg-Id"
 
 
 class Delivery:
     """One leased message."""
 
-    __slots__ = ("_bus", "data", "headers", "message_id", "reply", "subject")
+    __slots__ = ("_bus", "data", "headers", "message_id", "reply", "size_bytes", "subject")
 
     def __init__(self, bus: Bus, message: Msg) -> None:
         self._bus = bus
         self.subject, self.data, self.reply = message.subject, message.data, message.reply
         self.headers: dict[str, str] = message.headers or {}
         self.message_id = self.headers.get(ID_HEADER) or f"{self.subject}@{self.sequence}"
+        self.size_bytes = len(self.data) + int(self.headers.get(CLAIM_BYTES_HEADER) or 0)
+        """Of the body, wherever it is: in the message or behind its claim."""
 
-    def _meta(self, from_end: int) -> int:
+    def _part(self, place: int) -> str:
         # $JS.ACK.[domain.account.]stream.consumer.deliveries.stream_seq.consumer_seq.time.pending[.token]
         parts = self.reply.split(".")
-        return int(parts[(7 if len(parts) >= 11 else 5) + from_end - 1])
+        return parts[(6 if len(parts) >= 11 else 4) + place]
+
+    def _meta(self, place: int) -> int:
+        return int(self._part(place))
+
+    @property
+    def stream(self) -> str:
+        """The stream that holds the message."""
+        return self._part(-2)
+
+    @property
+    def behind(self) -> int:
+        """Messages that the consumer had not delivered yet when it delivered this one."""
+        return self._meta(4)
 
     @property
     def deliveries(self) -> int:
@@ -68,7 +98,12 @@ class Delivery:
     @property
     def stored_at(self) -> float:
         """When the broker stored the message, seconds since the epoch on the broker's clock."""
-        return self._meta(3) / 1e9
+        return self.stored_at_ns / 1e9
+
+    @property
+    def stored_at_ns(self) -> int:
+        """The same in nanoseconds, exactly."""
+        return self._meta(3)
 
     @property
     def rollout(self) -> RolloutId | None:
@@ -106,8 +141,12 @@ class Delivery:
         await self._bus.respond(self.reply, b"+WPI")
 
 
+def _unbounded() -> int:
+    return 1 << 62
+
+
 class Pull:
-    """A continuous pull of one consumer: as many messages are asked for as `wanted()` says there is room for."""
+    """A continuous pull of one consumer: as many messages are asked for as there is room for, in count and bytes."""
 
     def __init__(
         self,
@@ -117,21 +156,52 @@ class Pull:
         on_delivery: Callable[[Delivery], None],
         wanted: Callable[[], int],
         *,
+        wanted_bytes: Callable[[], int] = _unbounded,
         refill: int = 1,
+        standing: int | None = None,
+        takes_late: bool = False,
         on_lost: Callable[[], Any] | None = None,
     ) -> None:
+        """Prepare; `start` begins.
+
+        Args:
+            bus: where from.
+            stream: of the consumer.
+            consumer: its name.
+            on_delivery: called with every message; must not block.
+            wanted: how many messages there is room for, those asked for and not here yet included.
+            wanted_bytes: the same in bytes of bodies.
+            refill: messages that are worth a request of their own.
+            standing: messages asked for while the queue is empty, where other pulls share the room; None: all of it.
+            takes_late: `on_delivery` takes what comes during `stop` too; else it is nak'd.
+            on_lost: makes the consumer anew, called before asking again after trouble.
+        """
         self._bus, self._nc = bus, bus.client
         self._next = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self._on_delivery, self._wanted, self._on_lost = on_delivery, wanted, on_lost
+        self._wanted_bytes, self._standing, self._takes_late = wanted_bytes, standing, takes_late
         self._refill = max(1, min(refill, PULL_MESSAGES // 2))
         self._inbox = self._nc.new_inbox()
         self._generation = 0
         self._outstanding = 0
+        self._behind = 0
+        self._size_bytes = float(SIZE_GUESS_BYTES)
         self._heard_at = time.monotonic()
         self._asking = False
         self._stopped = False
+        self._late: list[Delivery] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscription: Any = None
+
+    @property
+    def outstanding(self) -> int:
+        """Messages asked for and not here yet."""
+        return self._outstanding
+
+    @property
+    def outstanding_bytes(self) -> int:
+        """What those will take, by the largest of late."""
+        return int(self._outstanding * self._size_bytes)
 
     async def start(self) -> None:
         """Begin to pull."""
@@ -143,7 +213,10 @@ class Pull:
         self.poke()
 
     async def stop(self) -> None:
-        """Ask for nothing more; what was delivered stays leased."""
+        """Ask for nothing more, take what is on its way, and leave; what was delivered stays leased.
+
+        Takes a tenth of a second after the last arrival, 2 s at most.
+        """
         if self._stopped:
             return
         self._stopped = True
@@ -151,9 +224,33 @@ class Pull:
             self._bus.on_reconnect.remove(self.reset)
         for task in self._tasks:
             task.cancel()
-        if self._subscription:
-            with contextlib.suppress(nats.errors.Error):
-                await self._subscription.unsubscribe()
+        if self._subscription and not self._nc.is_closed:
+            await self._leave()
+        for delivery in self._late:
+            if self._takes_late:
+                self._on_delivery(delivery)
+            else:
+                await delivery.nak()
+        self._late.clear()
+
+    async def _leave(self) -> None:
+        # The server drops what it has leased but not yet written when it sees us leave. So first let it serve what was
+        # asked for, which is finite: nothing is given back meanwhile, or it would come again to us.
+        try:
+            async with asyncio.timeout(STOP_LIMIT_S):
+                await self._nc.flush()
+                await self._quiet()
+                await self._subscription.drain()  # leaves, and takes what was sent before the server saw that
+        except (nats.errors.Error, OSError):  # no connection: nobody else forgets the subscription
+            self._nc._remove_sub(self._subscription._id)
+
+    async def _quiet(self) -> None:
+        started_at = self._heard_at = time.monotonic()
+        while self._outstanding:
+            now = time.monotonic()
+            if now - self._heard_at > STOP_QUIET_S or now - started_at > STOP_ARRIVALS_S:
+                return
+            await asyncio.sleep(STOP_QUIET_S / 10)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -163,7 +260,7 @@ class Pull:
     def reset(self) -> None:
         """Forget what was asked for and ask anew: after a reconnect, or when the server has gone silent."""
         self._generation += 1
-        self._outstanding = 0
+        self._outstanding = self._behind = 0
         self._heard_at = time.monotonic()
         self.poke()
 
@@ -171,20 +268,33 @@ class Pull:
         """There may be room: ask for more if it is worth a request."""
         if self._stopped or self._asking or self._outstanding > PULL_MESSAGES // 2:
             return
-        room = self._wanted() - self._outstanding
+        room = self._room()
         if room >= self._refill or (room > 0 and self._outstanding == 0):
+            batch, room_bytes = min(room, PULL_MESSAGES), self._wanted_bytes() - self.outstanding_bytes
             self._asking = True
-            self._spawn(self._ask(min(room, PULL_MESSAGES)))
+            self._outstanding += batch  # at once: pulls that share the room count it
+            self._spawn(self._ask(batch, max(PULL_LEAST_BYTES, min(PULL_BYTES, room_bytes))))
 
-    async def _ask(self, batch: int) -> None:
+    def _room(self) -> int:
+        """Messages to ask for now."""
+        room = self._wanted() - self._outstanding
+        if self._standing is not None:
+            room = min(room, max(self._standing, self._behind) - self._outstanding)
+        room_bytes = self._wanted_bytes() - self.outstanding_bytes
+        if room <= 0 or room_bytes <= 0:
+            return 0
+        # One message may overrun the bytes: they are a guess, and it must come some day.
+        return min(room, max(1, int(room_bytes / self._size_bytes)))
+
+    async def _ask(self, batch: int, most_bytes: int) -> None:
+        beyond = self._standing is not None and batch > self._standing
         try:
             body = {
                 "batch": batch,
-                "expires": int(PULL_EXPIRES_S * 1e9),
+                "expires": int((PULL_SHARED_EXPIRES_S if beyond else PULL_EXPIRES_S) * 1e9),
                 "idle_heartbeat": int(IDLE_HEARTBEAT_S * 1e9),
-                "max_bytes": PULL_BYTES,
+                "max_bytes": most_bytes,
             }
-            self._outstanding += batch
             self._heard_at = time.monotonic()
             await self._nc.publish(self._next, json.dumps(body).encode(), f"{self._inbox}.{self._generation}")
         except nats.errors.Error:  # disconnected: the reconnect resets us
@@ -198,13 +308,22 @@ class Pull:
         if headers and not message.reply and (status := headers.get("Status")):
             await self._on_status(message.subject, status, headers)
             return
-        if self._stopped:  # delivered before the server saw us leave: hand it to another worker at once
-            await self._bus.respond(message.reply, b"-NAK")
-            return
         self._outstanding = max(0, self._outstanding - 1)
-        self._on_delivery(Delivery(self._bus, message))
+        delivery = Delivery(self._bus, message)
+        if self._stopped:
+            self._late.append(delivery)
+            return
+        self._note(delivery)
+        self._on_delivery(delivery)
         if self._outstanding <= PULL_MESSAGES // 2:
             self.poke()
+
+    def _note(self, delivery: Delivery) -> None:
+        # Up at once, down slowly: where sizes are mixed the large ones count.
+        size = float(max(delivery.size_bytes, 1))
+        self._size_bytes = max(size, self._size_bytes + (size - self._size_bytes) * 0.02)
+        if self._standing is not None:
+            self._behind = delivery.behind
 
     async def _on_status(self, subject: str, status: str, headers: dict[str, str]) -> None:
         if status == "100" or subject.rpartition(".")[2] != str(self._generation):
@@ -212,6 +331,8 @@ class Pull:
         pending = headers.get("Nats-Pending-Messages")
         if status in ("408", "409") and pending is not None:  # this request is over, with so many not delivered
             self._outstanding = max(0, self._outstanding - int(pending))
+            if status == "408":  # others were served what we waited for
+                self._behind = 0
             self.poke()
             return
         log.info("pull_interrupted", consumer=self._next, status=status, why=headers.get("Description", ""))
@@ -255,6 +376,7 @@ class Follower:
         self._after = max(0, start_sequence - 1)
         self._buffer = buffer
         self._queue: deque[Delivery] = deque()
+        self._queued_bytes = 0
         self._arrived = asyncio.Event()
         self._pull: Pull | None = None
         self._expected = 1
@@ -262,7 +384,7 @@ class Follower:
         self._broken = True
 
     async def batch(self, limit_s: float, most: int = 512) -> list[Delivery]:
-        """Up to `most` messages; empty where none came within `limit_s` seconds.
+        """Up to `most` messages, and about 16 MiB of bodies; empty where none came within `limit_s` seconds.
 
         Raises:
             BusError: the consumer could not be (re)created.
@@ -274,8 +396,13 @@ class Follower:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), limit_s)
         taken: list[Delivery] = []
+        taken_bytes = 0
         while self._queue and len(taken) < most:
+            taken_bytes += self._queue[0].size_bytes
+            if taken and taken_bytes > BATCH_BYTES:
+                break
             delivery = self._queue.popleft()
+            self._queued_bytes -= delivery.size_bytes
             if delivery.consumer_sequence != self._expected:  # a gap: something was sent that we did not get
                 self._broken = True
                 break
@@ -295,6 +422,7 @@ class Follower:
 
     def _on_delivery(self, delivery: Delivery) -> None:
         self._queue.append(delivery)
+        self._queued_bytes += delivery.size_bytes
         self._arrived.set()
 
     async def _lost(self) -> None:
@@ -305,6 +433,7 @@ class Follower:
         if self._pull:
             await self._pull.stop()
         self._queue.clear()
+        self._queued_bytes = 0
         self._consumer = await self._bus.ephemeral_reader(
             self._stream, self._subject, self._after + 1, headers_only=self._headers_only
         )
@@ -315,6 +444,7 @@ class Follower:
             self._consumer,
             self._on_delivery,
             lambda: self._buffer - len(self._queue),
+            wanted_bytes=lambda: HELD_BYTES - self._queued_bytes,
             refill=self._buffer // 8,
             on_lost=self._lost,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -105,13 +106,34 @@ def check_model(name: str, model: ModelConfig) -> None:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine on uvloop where it is installed."""
+    """Run a command's coroutine on uvloop where it is installed. SIGTERM and SIGHUP end it as Ctrl-C does."""
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(work)
+        return asyncio.run(_interruptible(work))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)
+        return runner.run(_interruptible(work))
+
+
+async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
+    task = asyncio.ensure_future(work)
+    interrupted: list[signal.Signals] = []
+
+    def interrupt(sig: signal.Signals) -> None:
+        interrupted.append(sig)
+        task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for sig in (signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(sig, interrupt, sig)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if interrupted:
+            raise KeyboardInterrupt from None
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
 
 
 def print_json(value: Any) -> None:

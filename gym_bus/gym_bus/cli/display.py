@@ -186,6 +186,9 @@ def print_summary(s: Summary) -> None:
     shown.add_row("tokens", f"{s.input_tokens:,} in, {s.output_tokens:,} out")
     if s.wall_s:
         shown.add_row("throughput", f"{s.rollouts_per_s:,.1f} rollouts/s over {s.wall_s:,.1f} s")
+    elif s.failed:
+        why = "nothing left to try: what failed cannot be mended by a repetition, or has used up results.max_attempts"
+        shown.add_row("throughput", why)
     else:
         shown.add_row("throughput", "nothing left to do: the job was complete")
     shown.add_row("files", next(iter(s.files.values())).rpartition("/")[0] + "/")

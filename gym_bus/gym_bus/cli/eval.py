@@ -39,8 +39,8 @@ def job_options(function: common.F) -> common.F:
         click.option("--split", help="The benchmark's dataset, by type or name; default: its main one."),
         click.option("--input", "input_file", type=click.Path(path_type=Path), help="Rows of this file instead."),
         click.option("--agent", metavar="NAME", help="Another agent than the benchmark's own."),
-        click.option("--temperature", type=float, help="Sampling parameter of every request."),
-        click.option("--top-p", type=float, help="Sampling parameter of every request."),
+        click.option("--temperature", type=click.FloatRange(0, 100), help="Sampling parameter of every request."),
+        click.option("--top-p", type=click.FloatRange(0, 1), help="Sampling parameter of every request."),
         click.option("--max-output-tokens", type=click.IntRange(1), help="Limit of every model call."),
         click.option(
             "--output", type=click.Path(path_type=Path), help="Folder of the files; default: runs/BENCHMARK-MODEL."
@@ -79,6 +79,8 @@ def prepare_job(options: dict[str, Any], more: tuple[str, ...] = ()) -> tuple[Jo
         agent=options["agent"],
     )
     plan = plan_job(wanted, config)
+    if config.bus.url is not None:  # before anything is written: a run that cannot start must not take the folder
+        common.run(_reach(config))
     output: Path = options["output"] or Path("runs") / f"{plan.benchmark.spec.name}-{model}"
     return write_down(plan, output), config
 
@@ -99,6 +101,11 @@ def run(concurrency: int | None, no_workers: bool, as_json: bool, **options: Any
     with display.live(quiet=as_json) as shown:
         result = common.run(run_job(job, config, workers=not no_workers, on_start=shown.begin))
     return finish(job, result, as_json=as_json)
+
+
+async def _reach(config: Config) -> None:
+    async with await Bus.connect(config.bus):
+        pass
 
 
 def finish(job: Job, result: RunResult, *, as_json: bool) -> int:
@@ -207,6 +214,8 @@ async def _cancel(config: Config, job: str) -> int:
         record: JobRecord = await find_job(bus, job)
         if record.over:
             raise UsageError(f"job {job} is {record.state} already")
+        if (await job_status(bus, record)).results >= record.total:
+            raise UsageError(f"job {job} has all its results already")
         return await cancel_job(bus, record)
 
 

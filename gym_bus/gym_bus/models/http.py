@@ -273,7 +273,18 @@ class _RetryPlan:
 
 
 async def _read(reply: aiohttp.ClientResponse) -> bytes:
-    """The whole body, bounded. Raises ModelError where it is larger than any answer."""
+    """The whole body as UTF-8, what is none replaced. Raises ModelError where it is larger than any answer."""
+    data = await _read_bytes(reply)
+    if data.isascii():
+        return data
+    try:
+        data.decode()
+    except UnicodeDecodeError:  # a server cut a character in two: the answer is still the model's
+        return data.decode(errors="replace").encode()
+    return data
+
+
+async def _read_bytes(reply: aiohttp.ClientResponse) -> bytes:
     if (reply.content_length or 0) <= MAX_REPLY_BYTES and reply.content_length is not None:
         return await reply.read()
     chunks, size = [], 0

@@ -28,6 +28,7 @@ from gym_bus.models.wire import ResponsesUsage
 
 CACHED_LINES = 64
 NOT_FOUND = 404
+BOM = b"\xef\xbb\xbf"
 
 _KEYS = ("task_index", "prompt", "completions", "responses")
 
@@ -73,6 +74,8 @@ class ReplayModel:
         offset = 0
         with self._path.open("rb") as file:
             for number, raw in enumerate(file, 1):
+                if number == 1 and raw.startswith(BOM):
+                    offset, raw = len(BOM), raw[len(BOM) :]
                 if raw.strip():
                     self._add(number, raw, offset)
                 offset += len(raw)

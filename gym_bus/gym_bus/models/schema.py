@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -58,6 +59,10 @@ def check_create_params(params: dict[str, Any], where: str) -> None:
         raise DataError(f"{at}.stream: rollouts are not streamed; leave it out")
     if not isinstance(params.get("input", ""), str | list):
         raise DataError(f"{at}.input: expected a string or a list of items")
+    for key in ("temperature", "top_p"):
+        value = params.get(key)
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
+            raise DataError(f"{at}.{key}: expected a number from 0 on, not {value!r}")
     metadata = params.get("metadata")
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from gym_bus.errors import FailureKind
+from gym_bus.errors import RETRYABLE, FailureKind
 from gym_bus.messages import Call, Failed, Result, Scored, Usage
 
 COMPOSED = frozenset(
@@ -92,7 +92,7 @@ def failed_line(result: Failed, sequence: int) -> bytes:
         line["response"] = _json(result.response, "response")
     failure = result.failure
     line["_ng_failure_class"] = failure.kind.value
-    line["_ng_failure_terminal"] = failure.terminal
+    line["_ng_failure_terminal"] = failure.terminal or failure.kind not in RETRYABLE
     line["_ng_failure_stage"] = failure.stage
     line["_ng_failure_detail"] = failure.detail
     if failure.kind is FailureKind.JUDGE_FAILED:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import msgspec
 
@@ -97,9 +97,9 @@ class _Key(msgspec.Struct, frozen=True):
     task: int | None = msgspec.field(default=None, name="_ng_task_index")
     rollout: int | None = msgspec.field(default=None, name="_ng_rollout_index")
 
-    def or_by_order(self, order: int) -> tuple[int, int]:
+    def or_by_order(self, order: int) -> tuple[int, int | None]:
         """A row without a task index is a task of its own, numbered by its place in the file."""
-        return (order if self.task is None else self.task, self.rollout or 0)
+        return (order if self.task is None else self.task, self.rollout)
 
 
 _key: msgspec.json.Decoder[_Key] = msgspec.json.Decoder(_Key)
@@ -124,7 +124,8 @@ def join_rollouts(inputs: Path | None, rollouts: Path) -> Iterator[Joined]:
     """Every recorded rollout with its whole row, in the order of the rollouts file.
 
     NeMo Gym's verifiers drop row fields that their reply does not name, so those come from the materialized inputs,
-    joined on (task, rollout): what the rollout has not, or has as null.
+    joined on (task, rollout), or on the task where they are rows of a data set: what the rollout has not, or has as
+    null.
 
     Memory: a table of the inputs' offsets (about 150 bytes a row) and one row at a time.
 
@@ -135,34 +136,47 @@ def join_rollouts(inputs: Path | None, rollouts: Path) -> Iterator[Joined]:
     if inputs is None:
         yield from _join({}, None, rollouts)
         return
-    places = _places(inputs)
+    places, stamped = _places(inputs)
     try:
         with inputs.open("rb") as file:
-            yield from _join(places, file, rollouts)
+            yield from _join(places, file, rollouts, stamped=stamped)
     except OSError as e:
         raise DataError(f"{inputs}: cannot be read: {e.strerror or e}") from None
 
 
-def _places(inputs: Path) -> dict[tuple[int, int], int]:
-    """The offset of every materialized row, by (task, rollout)."""
-    places: dict[tuple[int, int], int] = {}
+Places = dict[tuple[int, int | None], int]
+
+
+def _places(inputs: Path) -> tuple[Places, bool]:
+    """The offset of every row, by (task, rollout), and whether the rows say which they are.
+
+    The rollout is None in rows of a data set, which stand for all rollouts of their task.
+    """
+    places: Places = {}
+    stamped = False
     for order, line in enumerate(iter_lines(inputs)):
-        key = decode_line(_key, line.data, inputs, line.number).or_by_order(order)
+        found = decode_line(_key, line.data, inputs, line.number)
+        stamped = stamped or found.task is not None
+        key = found.or_by_order(order)
         if key in places:
-            raise DataError(f"{inputs}:{line.number}: a second row for task {key[0]}, rollout {key[1]}")
+            which = f"task {key[0]}" + ("" if key[1] is None else f", rollout {key[1]}")
+            raise DataError(f"{inputs}:{line.number}: a second row for {which}")
         places[key] = line.offset
-    return places
+    return places, stamped
 
 
-def _join(places: dict[tuple[int, int], int], inputs: BinaryIO | None, rollouts: Path) -> Iterator[Joined]:
+def _join(places: Places, inputs: BinaryIO | None, rollouts: Path, *, stamped: bool = False) -> Iterator[Joined]:
     for order, (number, data) in enumerate(iter_jsonl(rollouts)):
         fields = decode_line(_fields, data, rollouts, number)
-        task, rollout = decode_line(_key, data, rollouts, number).or_by_order(order)
-        response = fields.get("response")
-        if response is None or bytes(response) == b"null":
-            raise DataError(f"{rollouts}:{number}: no response, so there is nothing to verify")
+        key = decode_line(_key, data, rollouts, number)
+        if inputs is not None and key.task is None and stamped:
+            # In order of completion, not of the data set: its place in the file says nothing.
+            raise DataError(f"{rollouts}:{number}: no _ng_task_index, so its row in {inputs.name} cannot be found")
+        task, given = key.or_by_order(order)
+        rollout = given or 0
+        response = _checked_response(fields.get("response"), f"{rollouts}:{number}")
         if inputs is not None:
-            offset = places.get((task, rollout))
+            offset = places.get((task, rollout), places.get((task, None)))
             if offset is None:
                 raise DataError(f"{rollouts}:{number}: task {task}, rollout {rollout} has no row in {inputs.name}")
             fields = read_row(inputs, offset) | {key: value for key, value in fields.items() if bytes(value) != b"null"}
@@ -172,8 +186,25 @@ def _join(places: dict[tuple[int, int], int], inputs: BinaryIO | None, rollouts:
             task_index=task,
             rollout_index=rollout,
             row=_row_bytes(fields),
-            response=bytes(response),
+            response=response,
         )
+
+
+def _checked_response(response: msgspec.Raw | None, where: str) -> bytes:
+    if response is None or bytes(response) == b"null":
+        raise DataError(f"{where}: no response, so there is nothing to verify")
+    try:
+        _response.decode(response)
+    except msgspec.DecodeError as e:
+        raise DataError(f"{where}: its response is no Responses object: {e}") from None
+    return bytes(response)
+
+
+class _Response(msgspec.Struct, frozen=True):
+    output: list[Any]
+
+
+_response: msgspec.json.Decoder[_Response] = msgspec.json.Decoder(_Response)
 
 
 def read_row(file: BinaryIO, offset: int) -> Fields:

@@ -26,7 +26,7 @@ import traceback
 import types
 from typing import Any, NoReturn
 
-from gym_bus.sandbox import root, syscalls
+from gym_bus.sandbox import landlock, root, seccomp, syscalls
 
 COMPILE_FAILED, SETUP_FAILED = 65, 66
 """Exit codes before the program's own text runs; the zygote believes them only then."""
@@ -58,6 +58,26 @@ class Order:
             self.source_size,
             self.header_size,
         ) = ORDER.unpack(packed)
+
+
+class Place:
+    """Where a zygote's programs run, and as whom."""
+
+    __slots__ = ("domain", "landlock", "scratch", "single", "tasks", "user", "zygote")
+
+    def __init__(self, user: int | None, scratch: str = root.SCRATCH) -> None:
+        self.user = user
+        """Id of the programs' user and group; None where they keep the zygote's."""
+        self.scratch = scratch
+        self.domain: int | None = None
+        """Landlock ruleset that a program is bound by, where no namespaces hold it."""
+        self.single = b""
+        """With a domain: the filter that keeps a program to one process."""
+        self.tasks: int | None = None
+        """With a domain and no user: descriptor of /proc/loadavg, which counts the machine's tasks."""
+        self.landlock = 0
+        """Version of Landlock, with a domain."""
+        self.zygote = os.getpid()
 
 
 class _Stderr(io.RawIOBase):
@@ -98,19 +118,24 @@ def prepare() -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def run(fds: list[int], ready: int, order: Order, ids: bool) -> NoReturn:
+def run(fds: list[int], ready: int, order: Order, place: Place) -> NoReturn:
     """Become the program. Never returns.
 
     Args:
         fds: stdin, stdout, stderr, the packed program, and the program's socket where it has one; none below 4.
         ready: pipe to the zygote: a byte goes in just before the program's own text runs.
         order: kind and limits.
-        ids: switch to a user of the program's own.
+        place: where to run, and as whom.
     """
     try:
-        _limit(order)
-        _become_nobody(ids)
-        source, header = _set_up(fds, ready, order)
+        _limit(order, place)
+        if place.domain is None:
+            _become_nobody(place.user)
+        source, header = _set_up(fds, order, place)
+        if place.domain is not None:  # the files are laid: from here on nothing can be written
+            _confine(order, place, place.domain)
+        os.closerange(CONTROL + 1, ready)
+        os.closerange(ready + 1, LAST_FD)
     except BaseException as e:  # whatever fails here is the sandbox's fault, and is said on the way out
         os.write(ready, b"E" + f"{type(e).__name__}: {e}".encode(errors="replace")[:500])
         os._exit(SETUP_FAILED)
@@ -122,24 +147,41 @@ def run(fds: list[int], ready: int, order: Order, ids: bool) -> NoReturn:
     _execute(code)
 
 
-def _limit(order: Order) -> None:
+def _limit(order: Order, place: Place) -> None:
     cpu = max(1, -int(-order.cpu_s // 1))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
     if order.address_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (order.address_bytes, order.address_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (order.file_bytes, order.file_bytes))
-    resource.setrlimit(resource.RLIMIT_NPROC, (order.processes, order.processes))
+    processes = order.processes
+    if place.tasks is not None:  # the kernel counts all that the user runs
+        processes += int(os.pread(place.tasks, 256, 0).partition(b"/")[2].partition(b" ")[0])
+    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
 
 
-def _become_nobody(ids: bool) -> None:
-    if ids:  # the kernel takes all capabilities, and makes the process undumpable, with the last id that was 0
-        os.setresgid(1, 1, 1)
-        os.setresuid(1, 1, 1)
+def _become_nobody(user: int | None) -> None:
+    if user is not None:  # from 0, the kernel takes all capabilities, and makes the process undumpable
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
     else:
         syscalls.set_capabilities(())
 
 
-def _set_up(fds: list[int], ready: int, order: Order) -> tuple[bytes, dict[str, Any]]:
+def _confine(order: Order, place: Place, domain: int) -> None:
+    """Without namespaces: a Landlock domain within the zygote's, and one process that ends with the zygote."""
+    if order.kind != ONE:
+        raise OSError(0, "without namespaces a program runs once")
+    landlock.enter(domain)
+    _become_nobody(place.user)
+    if place.user is not None:  # from an id that is not 0, the kernel leaves capabilities
+        syscalls.set_capabilities(())
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != place.zygote:
+        os._exit(SETUP_FAILED)  # it ended before it could take this process with it
+    seccomp.install(place.single)
+
+
+def _set_up(fds: list[int], order: Order, place: Place) -> tuple[bytes, dict[str, Any]]:
     os.dup2(fds[0], 0)
     os.dup2(fds[1], 1)
     os.dup2(fds[2], 2)
@@ -148,22 +190,20 @@ def _set_up(fds: list[int], ready: int, order: Order) -> tuple[bytes, dict[str, 
         os.dup2(fds[4], CONTROL)
     else:
         os.close(CONTROL)
-    os.closerange(4, ready)
-    os.closerange(ready + 1, LAST_FD)
-    os.chdir("/tmp")
+    os.chdir(place.scratch)
     random.seed()
     if not order.header_size:
         return packed, {}
-    return packed[: order.source_size], _unpack(packed[order.source_size :])
+    return packed[: order.source_size], _unpack(packed[order.source_size :], place.scratch)
 
 
-def _unpack(packed: bytes) -> dict[str, Any]:
+def _unpack(packed: bytes, scratch: str) -> dict[str, Any]:
     """Arguments and files: a JSON header behind its length, then the files' contents."""
     size = int.from_bytes(packed[:4], "little")
     header: dict[str, Any] = json.loads(packed[4 : 4 + size])
     start = 4 + size
     for name, length in header["files"]:
-        path = os.path.join("/tmp", name)
+        path = os.path.join(scratch, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
             file.write(packed[start : start + length])

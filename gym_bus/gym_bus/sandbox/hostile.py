@@ -15,7 +15,7 @@ from gym_bus.errors import SandboxError
 from gym_bus.sandbox.api import Ended, Limits, Outcome, Program, Sandbox
 
 LIMITS = Limits(wall_s=5.0, cpu_s=2.0, memory_bytes=128 * 2**20, output_bytes=2**16)
-HONEST = Program(source=b"import os\nprint(sum(range(10)), sorted(os.listdir('/tmp')))\n")
+HONEST = Program(source=b"import os\nprint(sum(range(10)), sorted(os.listdir('.')))\n")
 HONEST_SAYS = b"45 []\n"
 
 _PRELUDE = '''

@@ -9,10 +9,12 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from gym_bus.errors import SandboxError
 from gym_bus.logs import get_logger
 from gym_bus.sandbox import zygote
 from gym_bus.sandbox.cgroups import HEADROOM_BYTES, MemoryGroup
+from gym_bus.sandbox.protections import Level
 
 log = get_logger(__name__)
 
@@ -33,9 +36,14 @@ GRACE_S = 5.0
 SCRATCH_BYTES = 64 * 2**20
 
 _IDS_PER_SLOT, _FIRST_ID, _IDS = 2, 0x7000_0000, 0x0800_0000
+_FEWEST_IDS = 8192
 _numbers = itertools.count()
 
 _BOOT = "import sys; sys.path.insert(0, sys.argv[3]); from gym_bus.sandbox.zygote import main; main()"
+
+
+class LevelRefused(SandboxError):
+    """The kernel or a container does not give what a level needs; a lower one may still be had."""
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,8 +130,11 @@ class Socket:
 class Zygote:
     """The process of a slot."""
 
-    def __init__(self, preload: str, modules: Sequence[str] = (), *, tools: bool = False) -> None:
-        self._preload, self._modules, self._tools = preload, tuple(modules), tools
+    def __init__(
+        self, preload: str, modules: Sequence[str] = (), *, tools: bool = False, level: Level = Level.NAMESPACES
+    ) -> None:
+        self._preload, self._modules, self._tools, self.level = preload, tuple(modules), tools, level
+        self._scratch = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._control: Socket | None = None
         self.group: MemoryGroup | None = None
@@ -131,6 +142,8 @@ class Zygote:
         self._lost = False
         self.own_user = False
         """Whether programs run as a user of their own."""
+        self.landlock = 0
+        """Version of Landlock that holds programs, 0 where namespaces do."""
 
     @property
     def alive(self) -> bool:
@@ -146,7 +159,8 @@ class Zygote:
         """Start and lock in.
 
         Raises:
-            SandboxError: the kernel does not let us have the isolation that is promised; says what failed.
+            LevelRefused: the kernel does not let us have the level; says what failed and what would mend it.
+            SandboxError: it does not start for another reason.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lost = False
@@ -154,13 +168,15 @@ class Zygote:
         self.group = MemoryGroup.create()
         try:
             with theirs:
-                self._process = _launch(theirs, self._settings())
+                self._process = _launch(theirs, self._settings() | self._outside())
             if self.group:
                 self.group.add(self._process.pid)
             await self._handshake()
         except (OSError, SandboxError) as e:
             await self.kill()
-            raise SandboxError(f"the sandbox cannot start: {e}; {_advice()}") from None
+            refused = isinstance(e, LevelRefused)
+            advice = f"; for level {self.level} {_ADVICE[self.level]}" if refused else ""
+            raise (LevelRefused if refused else SandboxError)(f"the sandbox cannot start: {e}{advice}") from None
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -171,18 +187,36 @@ class Zygote:
             "disk_bytes": SCRATCH_BYTES,
             "forks": self.group is not None,
             "tools": self._tools,
+            "level": self.level,
         }
+
+    def _outside(self) -> dict[str, Any]:
+        """The user and the working folder of programs that have no namespaces."""
+        if self.level is Level.NAMESPACES:
+            return {}
+        user = _user_outside() if os.geteuid() == 0 else None
+        self._scratch = tempfile.mkdtemp(prefix="gym-bus-sandbox-")
+        if user:  # the zygote lays the files, the program's user reads them
+            os.chown(self._scratch, user, user + 1)
+            os.chmod(self._scratch, 0o750)  # noqa: PTH101
+        self.own_user = user is not None
+        return {"user": user, "scratch": self._scratch}
 
     async def _handshake(self) -> None:
         assert self._process
         assert self._control
         said = json.loads(await self._control.receive(START_LIMIT_S))
         if "unshared" in said:
-            self.own_user = _map_ids(self._process.pid)
+            try:
+                self.own_user = _map_ids(self._process.pid)
+            except OSError as e:
+                raise LevelRefused(f"uid_map: {e.strerror or e}") from None
             self._control.send(json.dumps({"ids": self.own_user}).encode())
             said = json.loads(await self._control.receive(START_LIMIT_S))
         if not said.get("ready"):
-            raise SandboxError(str(said.get("error", "the zygote did not come up")))
+            why = str(said.get("error", "the zygote did not come up"))
+            raise LevelRefused(why) if said.get("refused") else SandboxError(why)
+        self.landlock = int(said["landlock"])
 
     def bound(self, memory_bytes: int) -> None:
         """Set the memory limit for what runs next."""
@@ -254,6 +288,9 @@ class Zygote:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await asyncio.to_thread(process.wait, 10)
+        scratch, self._scratch = self._scratch, ""
+        if scratch:
+            await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
         group, self.group = self.group, None
         if group:
             await _remove_group(group)
@@ -295,7 +332,7 @@ def _root_of(module: str) -> str:
 def _map_ids(pid: int) -> bool:
     """Give the namespace its user ids. True where programs get one of their own, False where all share ours."""
     if os.geteuid() == 0:
-        first = _FIRST_ID + (os.getpid() * 64 + next(_numbers)) * _IDS_PER_SLOT % _IDS
+        first = _FIRST_ID + _next_ids(_IDS)
         try:
             for name in ("uid_map", "gid_map"):
                 Path(f"/proc/{pid}/{name}").write_text(f"0 {first} {_IDS_PER_SLOT}\n")
@@ -308,9 +345,33 @@ def _map_ids(pid: int) -> bool:
     return False
 
 
-def _advice() -> str:
-    return (
+def _next_ids(count: int) -> int:
+    """Where, among `count` ids, the next slot's begin."""
+    return (os.getpid() * 64 + next(_numbers)) * _IDS_PER_SLOT % count
+
+
+def _user_outside() -> int:
+    """An id for the zygote, its programs' behind it, that nothing else is. Raises LevelRefused where there is none."""
+    ranges = [[int(word) for word in line.split()] for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    if any(start <= _FIRST_ID and start + count >= _FIRST_ID + _IDS for start, _, count in ranges):
+        return _FIRST_ID + _next_ids(_IDS)
+    start, _, count = max(ranges, key=lambda one: one[2])
+    if count < _FEWEST_IDS:
+        raise LevelRefused("this user namespace maps no ids that programs could have")
+    return start + count // 2 + _next_ids(count // 2 - _IDS_PER_SLOT)  # accounts are at the lower end
+
+
+_ADVICE = {
+    Level.NAMESPACES: (
         "the kernel must allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces "
         "> 0, and on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0); in a container, its seccomp and AppArmor "
-        "profiles must allow unshare and mount"
-    )
+        "profiles must allow unshare and mount (docker run --security-opt seccomp=unconfined --security-opt "
+        "apparmor=unconfined, or a profile that adds them)"
+    ),
+    Level.LANDLOCK: (
+        "the kernel must have Landlock (Linux 5.13 for root, 6.12 for other users, with landlock in the list of the "
+        "boot parameter lsm=); a container must allow the landlock_* calls, and give root the capabilities SETUID, "
+        "SETGID, KILL and CHOWN; the interpreter must be readable to every user (not below a closed /root)"
+    ),
+}
+"""What would mend a refusal."""

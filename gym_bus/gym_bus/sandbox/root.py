@@ -16,13 +16,18 @@ _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _READ_ONLY = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID
 
 
+def shared(interpreter: str) -> list[str]:
+    """What programs read: the interpreter and the shared libraries."""
+    return [interpreter, *_LIBRARIES]
+
+
 def open_sources(interpreter: str, *, tools: bool) -> dict[str, int]:
     """Descriptors of everything that will be bound in, by its path inside.
 
     Opened within the new mount namespace, whose mounts alone can be bound, and before the change of user: the new
     one may not reach them by path (a home folder is closed to it), and a new mount may hide them.
     """
-    wanted = [interpreter, *_LIBRARIES, *(f"/dev/{name}" for name in DEVICES)]
+    wanted = [*shared(interpreter), *(f"/dev/{name}" for name in DEVICES)]
     if tools:
         wanted = [path for path in (*wanted, *_TOOLS) if not path.startswith("/usr/")]
     return {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in wanted if os.path.exists(path)}
@@ -82,13 +87,13 @@ def host_links(*, tools: bool) -> dict[str, str]:
     return {path: os.readlink(path) for path in paths if os.path.islink(path)}
 
 
-def clean_scratch(kept: frozenset[str] | set[str] = frozenset()) -> bool:
+def clean_scratch(kept: frozenset[str] | set[str] = frozenset(), folder: str = SCRATCH) -> bool:
     """Empty the scratch folder, what is `kept` aside; False where something resists: it must not be used again."""
     try:
-        entries = os.listdir(SCRATCH)
+        entries = os.listdir(folder)
         if not kept.issuperset(entries):
-            _empty(SCRATCH, kept)
-            entries = os.listdir(SCRATCH)
+            _empty(folder, kept)
+            entries = os.listdir(folder)
         return kept.issuperset(entries)
     except OSError:
         return False

@@ -11,7 +11,7 @@ import errno
 import struct
 
 from gym_bus.sandbox import syscalls
-from gym_bus.sandbox.syscall_table import ALLOWED, REFUSED
+from gym_bus.sandbox.syscall_table import ALLOWED, REFUSED, UNSCOPED
 
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
@@ -31,6 +31,8 @@ _NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _X32 = 0x40000000
 _SECCOMP_MODE_FILTER = 2
+_DATAGRAM = 2
+"""The bit that the types of sockets without a connection share."""
 
 
 def _op(code: int, k: int, yes: int = 0, no: int = 0) -> bytes:
@@ -43,12 +45,14 @@ def _answer(number: int | None, answer: int) -> bytes:
     return _op(_JEQ, number, 0, 1) + _op(_RET, answer)
 
 
-def build(*, forks: bool) -> bytes:
+def build(*, forks: bool, apart: bool = True) -> bytes:
     """The filter for this machine.
 
     Args:
         forks: let programs start processes and make anonymous files; False where no cgroup bounds the memory of a
             whole tree of processes, so that one process is all there is.
+        apart: namespaces stand between a program and the host. Where they do not, less is allowed, and a zygote may
+            clone plainly: its programs put `one_process` on top.
     """
     at = 0 if syscalls.MACHINE == "x86_64" else 1
     number = {name: numbers[at] for name, numbers in ALLOWED.items()}
@@ -57,17 +61,37 @@ def build(*, forks: bool) -> bytes:
     if at == 0:  # the x32 numbers would walk around every rule below
         code += _op(_JGE, _X32, 0, 1) + _op(_RET, _ERRNO | errno.ENOSYS)
     special = {"clone", "ioctl", "prlimit64"}
-    if not forks:
-        for name, answer in (("memfd_create", errno.EPERM), ("fork", errno.EAGAIN), ("vfork", errno.EAGAIN)):
-            code += _answer(number[name], _ERRNO | answer)
-        special |= {"memfd_create", "fork", "vfork"}
+    refused = {} if forks else {"memfd_create": errno.EPERM, "fork": errno.EAGAIN, "vfork": errno.EAGAIN}
+    if not apart:
+        refused |= dict.fromkeys(UNSCOPED, errno.EPERM)
+        special.add("socketpair")
+        code += _socketpair_rule(number["socketpair"] or 0) + _answer(syscalls.LANDLOCK_RESTRICT_SELF, _ALLOW)
+    for name, answer in refused.items():
+        code += _answer(number[name], _ERRNO | answer)
+    special |= refused.keys()
     for name in number.keys() - special:
         code += _answer(number[name], _ALLOW)
-    code += _clone_rule(number["clone"] or 0, forks=forks)
+    code += _clone_rule(number["clone"] or 0, forks=forks or not apart)
     code += _ioctl_rule(number["ioctl"] or 0) + _prlimit_rule(number["prlimit64"] or 0)
     for numbers in REFUSED.values():
         code += _answer(numbers[at], _ERRNO | errno.EPERM)
     return code + _op(_RET, _ERRNO | errno.ENOSYS)
+
+
+def one_process() -> bytes:
+    """The filter that a program without namespaces puts on itself, on top of its zygote's.
+
+    It can start threads and nothing else, and it cannot outlive the zygote.
+    """
+    at = 0 if syscalls.MACHINE == "x86_64" else 1
+    clone, prctl, kill = (ALLOWED[name][at] or 0 for name in ("clone", "prctl", "kill"))
+    thread = _op(_LD, _ARG0) + _op(_JSET, syscalls.CLONE_THREAD, 1, 0) + _op(_RET, _ERRNO | errno.EAGAIN)
+    stay = _op(_LD, _ARG0) + _op(_JEQ, syscalls.PR_SET_PDEATHSIG, 0, 1) + _op(_RET, _ERRNO | errno.EPERM)
+    # The kernel says that it worked where it was allowed to signal nobody.
+    everyone = _op(_LD, _ARG0) + _op(_JEQ, 0xFFFFFFFF, 0, 1) + _op(_RET, _ERRNO | errno.ESRCH)
+    allow = _op(_RET, _ALLOW)
+    rules = ((clone, thread), (prctl, stay), (kill, everyone))
+    return _op(_LD, _NR) + b"".join(_rule(number, body + allow) for number, body in rules) + allow
 
 
 def _rule(number: int, body: bytes) -> bytes:
@@ -78,6 +102,12 @@ def _rule(number: int, body: bytes) -> bytes:
 def _ioctl_rule(number: int) -> bytes:
     body = _op(_LD, _ARG1) + _op(_JEQ, _TIOCSTI, 1, 0) + _op(_JEQ, _TIOCLINUX, 0, 1)
     return _rule(number, body + _op(_RET, _ERRNO | errno.EPERM) + _op(_RET, _ALLOW))
+
+
+def _socketpair_rule(number: int) -> bytes:
+    """Connected pairs only: a datagram socket reaches any socket that has a path on the host."""
+    body = _op(_LD, _ARG1) + _op(_JSET, _DATAGRAM, 0, 1) + _op(_RET, _ERRNO | errno.EPERM)
+    return _rule(number, body + _op(_RET, _ALLOW))
 
 
 def _prlimit_rule(number: int) -> bytes:
@@ -99,7 +129,4 @@ def install(code: bytes) -> None:
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
     holder = ctypes.create_string_buffer(program, len(program))
-    libc = ctypes.PyDLL(None, use_errno=True)
-    if libc.prctl(syscalls.PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(holder), 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, "seccomp filter refused")
+    syscalls.prctl(syscalls.PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(holder))

@@ -13,10 +13,13 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 
 from gym_bus.errors import SandboxError, UsageError
+from gym_bus.logs import get_logger
 from gym_bus.sandbox import child, languages, zygote
 from gym_bus.sandbox.api import DEFAULT_LIMITS, Ended, Limits, Outcome, Program
-from gym_bus.sandbox.owner import GRACE_S, Ending, Socket, Zygote
+from gym_bus.sandbox.owner import GRACE_S, Ending, LevelRefused, Socket, Zygote
 from gym_bus.sandbox.protections import Facts, Level, Protection, describe
+
+log = get_logger(__name__)
 
 STDERR_BYTES = 64 * 1024
 ADDRESS_FACTOR, ADDRESS_BASE = 2, 256 * 2**20
@@ -27,7 +30,8 @@ CPU_TICK_SHARE = 0.8
 _ADD_SEALS, _SEAL_SHRINK, _SEAL_GROW, _SEAL_SEAL = 1033, 2, 4, 1
 
 
-def _memfd(name: str, content: bytes) -> int:
+def memfd(name: str, content: bytes) -> int:
+    """A file in memory, to be read from its start."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
     if content:
         os.write(fd, content)
@@ -35,7 +39,7 @@ def _memfd(name: str, content: bytes) -> int:
     return fd
 
 
-class _Capture:
+class Capture:
     """An output file that the kernel keeps from growing past its limit; the shared offset says how much was written."""
 
     def __init__(self, name: str, limit_bytes: int) -> None:
@@ -55,8 +59,8 @@ class _Streams:
     """Input and outputs of one run."""
 
     def __init__(self, stdin: bytes, limits: Limits) -> None:
-        self.out, self.err = _Capture("stdout", limits.output_bytes), _Capture("stderr", STDERR_BYTES)
-        self.fds = [_memfd("stdin", stdin), self.out.fd, self.err.fd]
+        self.out, self.err = Capture("stdout", limits.output_bytes), Capture("stderr", STDERR_BYTES)
+        self.fds = [memfd("stdin", stdin), self.out.fd, self.err.fd]
 
     def close(self) -> None:
         """Give the memory back."""
@@ -89,7 +93,7 @@ class _Packed:
             encoded = json.dumps(header).encode()
             packed = len(encoded).to_bytes(4, "little") + encoded + b"".join(files.values())
         self.sizes = (len(source), len(packed))
-        self.fd = _memfd("program", source + packed)
+        self.fd = memfd("program", source + packed)
 
 
 class Slot:
@@ -104,22 +108,26 @@ class Slot:
         self._facts = Facts(level=Level.NAMESPACES, own_user=False, memory_group=0)
 
     @classmethod
-    async def start(cls, preload: str = zygote.PRELOAD, modules: Sequence[str] = ()) -> Slot:
+    async def start(
+        cls, preload: str = zygote.PRELOAD, modules: Sequence[str] = (), *, least: Level = Level.NAMESPACES
+    ) -> Slot:
         """A slot that is ready.
 
         Args:
             preload: modules of the standard library to have imported before any program, space-separated.
             modules: modules of the caller's that programs may import; they may use the standard library only.
+            least: the lowest level that will do where the machine does not give the highest.
 
         Raises:
-            SandboxError: this machine does not give the isolation; the message says what would.
+            SandboxError: this machine does not give `least`; the message says what failed and what would mend it.
         """
         slot = cls(preload, modules)
-        first = await slot._ready(slot._zygote)
-        slot._facts = Facts(
-            level=Level.NAMESPACES, own_user=first.own_user, memory_group=first.group.version if first.group else 0
-        )
-        await slot._self_test()
+        try:
+            slot._facts = _facts(await slot._first(least))
+            await slot._self_test()
+        except BaseException:  # also where the caller has given up: nobody else knows of the process
+            await slot.close()
+            raise
         return slot
 
     @property
@@ -131,6 +139,21 @@ class Slot:
         """What is protected, and how."""
         return describe(self._facts)
 
+    async def _first(self, least: Level) -> Zygote:
+        """Come up with the highest level that the machine gives."""
+        try:
+            return await self._ready(self._zygote)
+        except LevelRefused as e:
+            if not Level.LANDLOCK.reaches(least):
+                raise SandboxError(f"{e}; or settle for less with verifier.sandbox_level={Level.LANDLOCK}") from None
+            refused = str(e)
+        log.info("sandbox_level_lowered", level=Level.LANDLOCK, why=refused)
+        self._zygote.level = Level.LANDLOCK
+        try:
+            return await self._ready(self._zygote)
+        except LevelRefused as e:
+            raise SandboxError(f"{refused}. And {e}") from None
+
     async def _ready(self, zygote: Zygote) -> Zygote:
         if not zygote.alive:
             await zygote.kill()
@@ -139,7 +162,8 @@ class Slot:
 
     async def _self_test(self) -> None:
         """Through the same path that programs take: what must be refused is, and an honest program passes."""
-        outcome = await self.run(Program(source=_SELF_TEST), limits=Limits(wall_s=10, cpu_s=5))
+        source = _SELF_TEST + (_IN_NAMESPACES if self.level is Level.NAMESPACES else _UNDER_LANDLOCK)
+        outcome = await self.run(Program(source=source), limits=Limits(wall_s=10, cpu_s=5))
         if outcome.stdout != b"held\n" or not outcome.ok:
             await self.close()
             said = (outcome.stdout + outcome.stderr).decode(errors="replace")[-500:]
@@ -154,7 +178,7 @@ class Slot:
 
     async def run(self, program: Program, stdin: bytes = b"", limits: Limits = DEFAULT_LIMITS) -> Outcome:
         """Run `program` once; see `Sandbox.run`."""
-        if language := languages.find(program.language):
+        if language := self._language(program):
             return (await self._run_cases(program, language, [stdin], limits, None))[0]
         async with self._lock:
             return await self._run(await self._ready(self._zygote), program, stdin, limits)
@@ -168,13 +192,39 @@ class Slot:
         go_on: Callable[[int, Outcome], bool] | None = None,
     ) -> list[Outcome]:
         """Run `program` once per input; see `Sandbox.run_cases`."""
-        language = languages.find(program.language)
-        if len(stdins) == 1 and language is None:
-            outcomes = [await self.run(program, stdins[0], limits)]
-            if go_on is not None:
-                go_on(0, outcomes[0])
-            return outcomes
+        language = self._language(program)
+        if language is None and (len(stdins) == 1 or not self._forks):
+            return await self._run_each(program, stdins, limits, go_on)
         return await self._run_cases(program, language, stdins, limits, go_on)
+
+    async def _run_each(
+        self,
+        program: Program,
+        stdins: Sequence[bytes],
+        limits: Limits,
+        go_on: Callable[[int, Outcome], bool] | None,
+    ) -> list[Outcome]:
+        """Each case as a program of its own: nothing that holds the program between them has to be able to fork."""
+        outcomes: list[Outcome] = []
+        for case, stdin in enumerate(stdins):
+            outcomes.append(await self.run(program, stdin, limits))
+            if go_on is not None and not go_on(case, outcomes[-1]):
+                break
+        return outcomes + [Outcome(ended=Ended.NOT_RUN)] * (len(stdins) - len(outcomes))
+
+    def _language(self, program: Program) -> languages.Language | None:
+        language = languages.find(program.language)
+        if language is not None and not self._forks:
+            raise UsageError(
+                f"this machine's sandbox runs Python only, not {program.language}: that needs level "
+                f"{Level.NAMESPACES} and a memory cgroup; see gym-bus sandbox doctor"
+            )
+        return language
+
+    @property
+    def _forks(self) -> bool:
+        """Whether programs may start processes: only where a cgroup bounds them all and a PID namespace ends them."""
+        return self.level is Level.NAMESPACES and self._facts.memory_group > 0
 
     async def _run_cases(
         self,
@@ -201,7 +251,7 @@ class Slot:
                 raise UsageError(f"only Python programs can be joined, not {program.language}")
         async with self._lock:
             if self._partner is None:
-                self._partner = Zygote(self._preload, self._modules)
+                self._partner = Zygote(self._preload, self._modules, level=self.level)
             first, second = await self._ready(self._zygote), await self._ready(self._partner)
             a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             outcomes = await asyncio.gather(
@@ -230,11 +280,25 @@ class Slot:
                     os.close(fd)
             return _outcome(await where.ended(limits.wall_s), limits, streams)
 
+    async def run_joined(self, program: Program, end: socket.socket, limits: Limits = DEFAULT_LIMITS) -> Outcome:
+        """Run a Python program that has `end` as descriptor 3; ours is closed. Cancelled, it ends the program.
+
+        Raises:
+            SandboxError: the sandbox itself failed.
+        """
+        async with self._lock:
+            return await self._run(await self._ready(self._zygote), program, b"", limits, end.detach())
+
     async def close(self) -> None:
         """End the zygotes."""
         for held in (self._zygote, self._partner, self._tools):
             if held is not None:
                 await held.kill()
+
+
+def _facts(first: Zygote) -> Facts:
+    group = first.group.version if first.group else 0
+    return Facts(level=first.level, own_user=first.own_user, memory_group=group, landlock=first.landlock)
 
 
 def _order(
@@ -385,13 +449,24 @@ refused("the host's files", lambda: os.listdir("/home"))
 refused("the host's secrets", lambda: open("/etc/shadow").read())
 refused("processes", lambda: os.listdir("/proc"))
 refused("a write outside the scratch folder", lambda: open("/here", "w"))
-refused("a signal to another process", lambda: os.kill(2, 0))
-open("/tmp/mine", "w").close()
+refused("a signal to another process", lambda: os.kill(os.getppid() or 2, 0))
 if set(os.environ) - {"HOME", "PATH", "LANG", "TMPDIR"}:
     raise SystemExit("not refused: the host's environment")
 if any(os.path.exists("/dev/fd/%d" % fd) for fd in range(3, 20)):
     raise SystemExit("not refused: inherited descriptors")
 for fd in range(3, 64):
     refused("descriptor %d" % fd, lambda: os.fstat(fd))
+"""
+_IN_NAMESPACES = b"""
+refused("a signal to another process", lambda: os.kill(2, 0))
+open("/tmp/mine", "w").close()
+print("held")
+"""
+_UNDER_LANDLOCK = b"""
+refused("a file of its own", lambda: open("mine", "w"))
+refused("a look at the host's files", lambda: os.listdir("/tmp"))
+refused("a second process", os.fork)
+refused("a change of a file", lambda: os.chmod(os.__file__, 0o644))
+refused("a signal to everyone", lambda: os.kill(-1, 0))
 print("held")
 """

@@ -330,3 +330,10 @@ REFUSED: dict[str, Numbers] = {
     "seccomp": (317, 277),
 }
 """Answered with EPERM, "not permitted", so that a program's author sees why; whatever is in neither table is ENOSYS."""
+
+UNSCOPED = (
+    *("chmod", "fchmod", "fchmodat", "chown", "fchown", "lchown", "fchownat", "truncate"),
+    *("utime", "utimes", "utimensat", "futimesat", "inotify_add_watch", "setpriority", "sync", "syncfs"),
+    *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr"),
+)
+"""Of the allowed, those that Landlock lets through to whatever the user owns: refused where it is all there is."""

@@ -22,6 +22,7 @@ MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+PR_SET_KEEPCAPS = 8
 
 CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SYS_ADMIN = 1, 3, 5, 6, 7, 21
 LAST_CAP = 40
@@ -31,6 +32,8 @@ _CLONE = {"x86_64": 56, "aarch64": 220}
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _MOUNT_SETATTR = 442
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
+_PATH_BENEATH = 1
 
 # PyDLL keeps the interpreter's lock: a forked child must not wait for one that nobody will release.
 _libc = ctypes.PyDLL(None, use_errno=True)
@@ -43,9 +46,9 @@ def _check(result: int, what: str) -> int:
     return result
 
 
-def prctl(option: int, value: int = 0) -> None:
-    """Call prctl with one argument."""
-    _check(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl({option})")
+def prctl(option: int, value: int = 0, more: int = 0) -> None:
+    """Call prctl with up to two arguments."""
+    _check(_libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(more), 0, 0), f"prctl({option})")
 
 
 def unshare(flags: int) -> None:
@@ -93,6 +96,24 @@ def drop_bounding_set() -> None:
             prctl(PR_CAPBSET_DROP, cap)
         except OSError:
             return  # past the last that this kernel knows
+
+
+def landlock_create_ruleset(attributes: bytes, flags: int) -> int:
+    """A new ruleset's descriptor; without attributes and with flag 1, the version of the kernel's Landlock."""
+    given = ctypes.create_string_buffer(attributes, len(attributes)) if attributes else None
+    size = ctypes.c_size_t(len(attributes))
+    return _check(_libc.syscall(_LANDLOCK_CREATE_RULESET, given, size, flags), "landlock_create_ruleset")
+
+
+def landlock_add_rule(ruleset: int, beneath: bytes) -> None:
+    """Grant access beneath a path: `struct landlock_path_beneath_attr`, packed."""
+    given = ctypes.create_string_buffer(beneath, len(beneath))
+    _check(_libc.syscall(_LANDLOCK_ADD_RULE, ruleset, _PATH_BENEATH, given, 0), "landlock_add_rule")
+
+
+def landlock_restrict_self(ruleset: int) -> None:
+    """Be bound by a ruleset."""
+    _check(_libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
 
 
 def clone(flags: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""The zygote: a warm interpreter, locked into its own namespaces, that forks one process per program.
+"""The zygote: a warm interpreter, locked into namespaces of its own or by Landlock, that forks a process per program.
 
 It passes descriptors on and never reads a program, its input or its output, so nothing of one program is in the memory
 that the next is forked from. Standard library only: started by path as a plain script.
@@ -18,7 +18,7 @@ import sys
 import time
 from typing import Any, NoReturn
 
-from gym_bus.sandbox import child, root, seccomp, syscalls
+from gym_bus.sandbox import child, landlock, root, seccomp, syscalls
 
 PRELOAD = (
     "abc array ast atexit base64 bisect builtins cmath codecs collections collections.abc contextlib copy csv "
@@ -44,6 +44,8 @@ _KEPT = (
     syscalls.CAP_FOWNER,
 )
 """Of the zygote, within its own user namespace: to make PID namespaces, to give programs another user, to clean up."""
+_KEPT_OUTSIDE = (syscalls.CAP_SETUID, syscalls.CAP_SETGID, syscalls.CAP_KILL)
+"""Of a zygote without namespaces that root has started."""
 MAX_MESSAGE = 65_536
 MOST_FDS = 8
 
@@ -55,38 +57,93 @@ def main() -> NoReturn:
     control = socket.socket(fileno=child.CONTROL)
     config = json.loads(sys.argv[2])
     try:
-        _preload(config["preload"])
-        sys.path[:0] = config["module_paths"]
-        for name in config["modules"]:
-            __import__(name)
-        hidden = {*config["module_paths"], sys.argv[3]}
-        sys.path[:] = [path for path in sys.path if path not in hidden]
-        links = root.host_links(tools=config["tools"])
-        syscalls.unshare(_NAMESPACES)
-        sources = root.open_sources(config["interpreter"], tools=config["tools"])
-        ids = _wait_for_ids(control)
-        if ids:
-            os.setgroups([])
-        os.setresgid(0, 0, 0)
-        os.setresuid(0, 0, 0)
-        root.build(sources, links, config["disk_bytes"])
-        for fd in sources.values():
-            os.close(fd)
-        zygote = os.fork()
+        _load(config)
     except (OSError, ImportError) as e:
         _say(control, {"error": str(e)})
         os._exit(1)
-    if zygote:
+    try:
+        place = _namespaces(control, config) if config["level"] == "namespaces" else _landlock(config)
+    except OSError as e:
+        _say(control, {"error": str(e), "refused": True})
+        os._exit(1)
+    _say(control, {"ready": True, "landlock": place.landlock})
+    _serve(control, place)
+
+
+def _load(config: dict[str, Any]) -> None:
+    _preload(config["preload"])
+    sys.path[:0] = config["module_paths"]
+    for name in config["modules"]:
+        __import__(name)
+    hidden = {*config["module_paths"], sys.argv[3]}
+    sys.path[:] = [path for path in sys.path if path not in hidden]
+
+
+def _namespaces(control: socket.socket, config: dict[str, Any]) -> child.Place:
+    """Go into namespaces and a file tree of our own. Returns in the first process of the PID namespace only."""
+    links = root.host_links(tools=config["tools"])
+    syscalls.unshare(_NAMESPACES)
+    sources = root.open_sources(config["interpreter"], tools=config["tools"])
+    ids = _wait_for_ids(control)
+    if ids:
+        os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+    root.build(sources, links, config["disk_bytes"])
+    for fd in sources.values():
+        os.close(fd)
+    if zygote := os.fork():
         control.close()
         _, status = os.waitpid(zygote, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-    try:
-        _lock_in(forks=config["forks"])
-    except OSError as e:
-        _say(control, {"error": str(e)})
-        os._exit(1)
-    _say(control, {"ready": True})
-    _serve(control, ids)
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    syscalls.drop_bounding_set()
+    syscalls.set_capabilities(_KEPT)
+    _lock_in(root.SCRATCH, seccomp.build(forks=config["forks"]))
+    return child.Place(1 if ids else None)
+
+
+def _landlock(config: dict[str, Any]) -> child.Place:
+    """Where there are no namespaces: another user where we are root, and a Landlock domain.
+
+    Neither domain lets anything be written but the scratch folder, and a program's not even that.
+    """
+    abi, user, scratch = landlock.version(), config["user"], config["scratch"]
+    if abi < (1 if user else landlock.SCOPES):
+        found = f"version {abi}" if abi else "none"
+        raise OSError(0, f"landlock: version {landlock.SCOPES} is needed to keep signals in, and there is {found}")
+    syscalls.drop_bounding_set()
+    _change_user(user)
+    os.listdir(scratch)
+    syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+    place = child.Place(user + 1 if user else None, scratch)
+    place.landlock = abi
+    seen = [(path, landlock.READ) for path in root.shared(config["interpreter"])]
+    seen += [(f"/dev/{name}", landlock.DEVICE) for name in root.DEVICES]
+    own = landlock.ruleset(abi, [*seen, (scratch, landlock.CHANGE)])
+    place.domain = landlock.ruleset(abi, [*seen, (scratch, landlock.READ)])
+    place.single = seccomp.one_process()
+    if not user:
+        place.tasks = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
+    landlock.enter(own)
+    os.close(own)
+    _lock_in(scratch, seccomp.build(forks=False, apart=False))
+    return place
+
+
+def _change_user(user: int | None) -> None:
+    """Be `user`, able to give programs another one and to kill them; None: stay who we are, able to nothing special."""
+    if user is None:
+        syscalls.set_capabilities(())
+        return
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    syscalls.prctl(syscalls.PR_SET_KEEPCAPS, 1)
+    os.setresuid(user, user, user)
+    syscalls.prctl(syscalls.PR_SET_KEEPCAPS, 0)
+    syscalls.set_capabilities(_KEPT_OUTSIDE)
+    if not os.access(os.__file__, os.R_OK):
+        raise OSError(0, f"the interpreter: another user cannot read {os.__file__}")
 
 
 def _preload(names: str) -> None:
@@ -104,16 +161,14 @@ def _wait_for_ids(control: socket.socket) -> bool:
     return bool(reply["ids"])
 
 
-def _lock_in(*, forks: bool) -> None:
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+def _lock_in(scratch: str, code: bytes) -> None:
+    """What both levels share, the filter last."""
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
-    syscalls.drop_bounding_set()
-    syscalls.set_capabilities(_KEPT)
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
     os.environ.clear()
-    os.environ.update({"HOME": "/tmp", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TMPDIR": "/tmp"})
+    os.environ.update({"HOME": scratch, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TMPDIR": scratch})
     child.prepare()
-    seccomp.install(seccomp.build(forks=forks))
+    seccomp.install(code)
     import gc
 
     gc.collect()
@@ -128,7 +183,7 @@ REPLY = struct.Struct("<iBBBddQ")
 """Wait status, timed out, began, scratch folder not clean, wall_s, cpu_s, largest resident set in bytes; then words."""
 
 
-def _serve(control: socket.socket, ids: bool) -> NoReturn:
+def _serve(control: socket.socket, place: child.Place) -> NoReturn:
     poll = select.poll()
     poll.register(control.fileno(), select.POLLRDHUP)
     while True:
@@ -139,16 +194,16 @@ def _serve(control: socket.socket, ids: bool) -> NoReturn:
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(data)
-        control.send(_run(list(fds), child.Order(message), poll, ids))
+        control.send(_run(list(fds), child.Order(message), poll, place))
 
 
-def _run(fds: list[int], order: child.Order, poll: select.poll, ids: bool) -> bytes:
+def _run(fds: list[int], order: child.Order, poll: select.poll, place: child.Place) -> bytes:
     ready, child_ready = os.pipe()
     started = time.monotonic()
-    pid = syscalls.clone(syscalls.CLONE_NEWPID)
+    pid = syscalls.clone(syscalls.CLONE_NEWPID if place.domain is None else 0)
     if pid == 0:
         try:
-            child.run(fds, child_ready, order, ids)
+            child.run(fds, child_ready, order, place)
         finally:
             os._exit(child.SETUP_FAILED)  # whatever happens, the program's process never goes on as a zygote
     os.close(child_ready)
@@ -156,18 +211,18 @@ def _run(fds: list[int], order: child.Order, poll: select.poll, ids: bool) -> by
         os.close(fd)
     # Of many cases each has its own deadline, which the owner watches over.
     deadline = started + order.wall_s if order.kind == child.ONE else None
-    timed_out = _wait(pid, deadline, poll)
+    timed_out = _wait(pid, deadline, poll, place)
     _, status, usage = os.wait4(pid, 0)
     said = os.read(ready, 4096)
     os.close(ready)
     cpu_s = usage.ru_utime + usage.ru_stime
     wall_s = time.monotonic() - started
-    clean = root.clean_scratch()
+    clean = root.clean_scratch(folder=place.scratch)
     began = said[:1] == b"R"
     return REPLY.pack(status, timed_out, began, not clean, wall_s, cpu_s, usage.ru_maxrss * 1024) + said[1:]
 
 
-def _wait(pid: int, deadline: float | None, poll: select.poll) -> bool:
+def _wait(pid: int, deadline: float | None, poll: select.poll, place: child.Place) -> bool:
     """Wait for the end of the program; True where its time was up and it was killed, with all that it had started."""
     pidfd = os.pidfd_open(pid)
     poll.register(pidfd, select.POLLIN)
@@ -178,6 +233,8 @@ def _wait(pid: int, deadline: float | None, poll: select.poll) -> bool:
             return False
         os.kill(pid, signal.SIGKILL)
         if events:  # the owner is gone
+            os.waitpid(pid, 0)
+            root.clean_scratch(folder=place.scratch)
             os._exit(0)
         return True
     finally:

@@ -61,11 +61,14 @@ class BatchingPool:
     def __init__(self, config: VerifierConfig, workers: int, start: Callable[[], Awaitable[PoolWorker]]) -> None:
         self._config, self._start = config, start
         self._queue: deque[_Waiting] = deque()
+        self._served: dict[int, int] = {}
         self._arrived = asyncio.Event()
         self._tasks = [asyncio.create_task(self._serve(), name=f"pool worker {i}") for i in range(workers)]
         self._closed = False
         self.replaced = 0
         """Workers that had to be replaced."""
+        self.recycled = 0
+        """Workers that were replaced because they had served long enough or had grown."""
 
     async def verify(self, check: Check, *, sandboxed: bool) -> Verdict:
         """Judge one attempt.
@@ -127,7 +130,7 @@ class BatchingPool:
         # One endless check must not hold up its batch for long; sandboxed ones may each use their time.
         limit_s = self._config.limit_s * (1 + sum(w.sandboxed for w in batch))
         try:
-            answers = decode_answers(await worker.run(encode_checks([w.check for w in batch]), limit_s))
+            done = decode_answers(await worker.run(encode_checks([w.check for w in batch]), limit_s))
         except TimeoutError:
             self._timed_out(batch, limit_s)
         except WorkerLost as e:
@@ -137,12 +140,21 @@ class BatchingPool:
             self._again(batch, "the pool was closed")
             raise
         else:
-            for waiting, answer in zip(batch, answers, strict=True):
+            for waiting, answer in zip(batch, done.answers, strict=True):
                 self._settle(waiting, answer)
-            return worker
+            if not self._worn(worker, len(batch), done.rss_bytes):
+                return worker
+            self.recycled += 1
+            self.replaced -= 1
+        self._served.pop(id(worker), None)
         self.replaced += 1
         await worker.kill()
         return None
+
+    def _worn(self, worker: PoolWorker, checks: int, rss_bytes: int) -> bool:
+        """Whether a worker has done enough, or has grown too large, and makes room for a fresh one."""
+        served = self._served[id(worker)] = self._served.get(id(worker), 0) + checks
+        return served >= self._config.recycle_after or rss_bytes > self._config.recycle_bytes
 
     def _settle(self, waiting: _Waiting, answer: Answer) -> None:
         if waiting.future.done():

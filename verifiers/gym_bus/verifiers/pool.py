@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from gym_bus.errors import SandboxError
@@ -21,6 +22,7 @@ from gym_bus.verifiers.batching import BatchingPool, WorkerLost
 from gym_bus.verifiers.runner import VerifierRunner
 
 START_LIMIT_S = 120.0
+PREFIX = "gymray-"
 
 
 def _start_ray(config: RayConfig, actors: int) -> str | None:
@@ -33,7 +35,8 @@ def _start_ray(config: RayConfig, actors: int) -> str | None:
         ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR, namespace="gym_bus")
         return None
     # Ray puts Unix sockets below this folder, and their paths are limited to 107 bytes.
-    folder = tempfile.mkdtemp(prefix="gymray-", dir="/tmp")
+    _sweep()
+    folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir="/tmp")
     ray.init(
         num_cpus=max(1, actors),
         num_gpus=0,
@@ -51,11 +54,19 @@ def _start_ray(config: RayConfig, actors: int) -> str | None:
     return folder
 
 
+def _sweep() -> None:
+    """Remove what Rays of processes that were killed have left."""
+    for folder in Path("/tmp").glob(f"{PREFIX}*"):
+        owner = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class _Actor:
     """The actor's class; made remote when Ray is up."""
 
-    def __init__(self) -> None:
-        self._runner = VerifierRunner()
+    def __init__(self, sandbox_level: str) -> None:
+        self._runner = VerifierRunner(sandbox_level)
 
     def batch(self, checks: bytes) -> bytes:
         return self._runner.batch(checks)
@@ -103,7 +114,7 @@ class RayPool(BatchingPool):
         async def start() -> _RayWorker:
             async with self._lock:
                 await self._revive(config, actors)
-                actor = await asyncio.to_thread(self._remote.remote)
+                actor = await asyncio.to_thread(self._remote.remote, config.sandbox_level)
             return _RayWorker(actor)
 
         super().__init__(config, actors, start)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import time
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -54,7 +56,18 @@ Answer = Judged | Broken
 
 _encode = msgspec.msgpack.Encoder().encode
 _checks = msgspec.msgpack.Decoder(list[Check])
-_answers = msgspec.msgpack.Decoder(list[Answer])
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """What a worker process answers to a batch."""
+
+    answers: list[Answer]
+    """In the order of its checks."""
+    rss_bytes: int
+    """Resident memory of the worker process."""
+
+
+_answers = msgspec.msgpack.Decoder(Batch)
 
 
 def encode_checks(checks: list[Check]) -> bytes:
@@ -62,8 +75,8 @@ def encode_checks(checks: list[Check]) -> bytes:
     return _encode(checks)
 
 
-def decode_answers(data: bytes) -> list[Answer]:
-    """A batch's answers, in the order of its checks."""
+def decode_answers(data: bytes) -> Batch:
+    """A worker's answer."""
     return _answers.decode(data)
 
 
@@ -89,10 +102,15 @@ def task_of(row: bytes, response: bytes) -> Task:
     return Task(row=decoded, response=answered)
 
 
+def _rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
 class VerifierRunner:
     """Verifiers kept warm, and one sandbox slot for those that need it."""
 
-    def __init__(self) -> None:
+    def __init__(self, sandbox_level: str = "namespaces") -> None:
+        self._level = sandbox_level
         self._verifiers: OrderedDict[tuple[str, bytes], AnyVerifier] = OrderedDict()
         self._slot: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -105,7 +123,7 @@ class VerifierRunner:
 
     def batch(self, checks: bytes) -> bytes:
         """Judge an encoded batch; one broken check does not touch the others."""
-        return _encode([self.judge(check) for check in _checks.decode(checks)])
+        return _encode(Batch([self.judge(check) for check in _checks.decode(checks)], _rss_bytes()))
 
     def judge(self, check: Check) -> Answer:
         """Judge one attempt. Never raises: what goes wrong is data."""
@@ -133,9 +151,10 @@ class VerifierRunner:
 
     async def _sandbox(self) -> Any:
         if self._slot is None:
+            from gym_bus.sandbox.protections import Level
             from gym_bus.sandbox.slot import Slot
 
-            self._slot = await Slot.start(modules=SANDBOX_MODULES)
+            self._slot = await Slot.start(modules=SANDBOX_MODULES, least=Level(self._level))
         return self._slot
 
     def _run(self, work: Any) -> Any:

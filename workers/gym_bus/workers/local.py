@@ -22,6 +22,8 @@ from gym_bus.server import EmbeddedServer, die_with_parent
 
 log = get_logger(__name__)
 
+STORE = ".bus"
+"""The embedded server's store, in the job's folder."""
 RESTART_WAIT_S = 0.5
 CHECK_S = 0.5
 STOP_LIMIT_S = 30.0
@@ -144,7 +146,7 @@ class LocalStack:
     def store(self) -> Path:
         """Where the embedded server keeps its streams."""
         embedded = self.config.bus.embedded.store_dir
-        return Path(embedded) if embedded else self._folder / ".bus"
+        return Path(embedded) if embedded else self._folder / STORE
 
     async def __aenter__(self) -> Self:
         """Start everything.
@@ -214,5 +216,6 @@ class LocalStack:
             await self.bus.close()
         if self.server:
             await self.server.stop()
-            if self._complete and not self.config.local.keep_bus:
+            own = self.config.bus.embedded.store_dir is None  # a folder that the user named is the user's
+            if self._complete and own and not self.config.local.keep_bus:
                 self.server.remove_store()

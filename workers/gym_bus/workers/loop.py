@@ -11,18 +11,20 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from gym_bus.bus import Bus, Delivery, Pull
-from gym_bus.errors import BusError, FailureKind, GymBusError
+from gym_bus.errors import BusError, FailureKind, GymBusError, PayloadTooLarge
 from gym_bus.logs import get_logger
 from gym_bus.messages import Attempt, Failed, Failure, Message, Request, Result
 
 log = get_logger(__name__)
+
+T = TypeVar("T")
 
 
 class Cancellations:
@@ -68,6 +70,8 @@ class Source(msgspec.Struct, frozen=True):
 
 
 URGENT_BUFFER = 16
+DELIVERIES_PER_DEATH = 200
+"""The consumer's own bound is so much higher: it counts what was handed back too, and is there for our own faults."""
 RETRY_FIRST_S = 1.0
 RETRY_MOST_S = 30.0
 
@@ -94,6 +98,8 @@ class Loop:
         self._ready: deque[Delivery] = deque()
         self._running: dict[asyncio.Task[None], Delivery] = {}
         self._held: dict[str, Delivery] = {}
+        self._held_bytes = 0
+        self._answers: set[asyncio.Task[None]] = set()
         self._draining = False
         self._idle = asyncio.Event()
         self._heartbeat: asyncio.Task[None] | None = None
@@ -114,19 +120,29 @@ class Loop:
         """Create the consumers where they are missing and begin to pull."""
         for source in self._sources:
             await self._ensure(source)
-            pull = Pull(
-                self._bus,
-                source.stream,
-                source.consumer,
-                self._urgent_arrived if source.urgent else self._arrived,
-                self._urgent_room if source.urgent else self._room,
-                refill=1 if source.urgent else self._prefetch // 2,
-                on_lost=partial(self._ensure, source),
-            )
-            self._pulls.append(pull)
+            self._pulls.append(self._pull(source))
         for pull in self._pulls:
             await pull.start()
         self._heartbeat = asyncio.create_task(self._extend_leases(), name="lease heartbeat")
+
+    def _pull(self, source: Source) -> Pull:
+        common = partial(
+            Pull, self._bus, source.stream, source.consumer, takes_late=True, on_lost=partial(self._ensure, source)
+        )
+        if source.urgent:
+            return common(
+                self._urgent_arrived, self._urgent_room, wanted_bytes=partial(self._room_bytes, len(self._pulls))
+            )
+        sharing = sum(not other.urgent for other in self._sources)
+        # Together the sources ask idly for no more than the buffer holds: one that is busy can fill every slot.
+        standing = max(1, self._prefetch // sharing) if sharing > 1 else None
+        return common(
+            self._arrived,
+            partial(self._room, len(self._pulls)),
+            wanted_bytes=partial(self._room_bytes, len(self._pulls)),
+            refill=min(self._prefetch, standing or self._prefetch) // 2,
+            standing=standing,
+        )
 
     async def _ensure(self, source: Source) -> None:
         await self._bus.consumer(
@@ -134,11 +150,26 @@ class Loop:
             source.consumer,
             source.subject,
             max_ack_pending=self._max_ack_pending,
-            max_deliver=self._bus.config.max_deliver,
+            max_deliver=self._bus.config.max_deliver * DELIVERIES_PER_DEATH,
         )
 
-    def _room(self) -> int:
-        return self._concurrency + self._prefetch - len(self._running) - len(self._ready)
+    def _room(self, asking: int) -> int:
+        """Messages there is room for beside what the other pulls have asked for."""
+        room = self._concurrency + self._prefetch - len(self._running) - len(self._ready)
+        others = [
+            pull.outstanding
+            for place, (pull, source) in enumerate(zip(self._pulls, self._sources, strict=True))
+            if place != asking and not source.urgent
+        ]
+        # One message each is free: else a source that is empty could keep the last place from one that is not.
+        left = room - sum(max(0, asked - 1) for asked in others)
+        one_more = room > 0 and sum(others) < room + len(others)
+        return max(left, 1) if one_more else left
+
+    def _room_bytes(self, asking: int) -> int:
+        asked = sum(pull.outstanding_bytes for place, pull in enumerate(self._pulls) if place != asking)
+        room = self._bus.config.held_bytes - self._held_bytes
+        return max(room - asked, min(room, 1))
 
     def _urgent_room(self) -> int:
         return URGENT_BUFFER - len(self._urgent)
@@ -155,6 +186,7 @@ class Loop:
             held.reply = delivery.reply
             return
         self._held[delivery.message_id] = delivery
+        self._held_bytes += delivery.size_bytes
         queue.append(delivery)
         self._fill()
 
@@ -170,7 +202,7 @@ class Loop:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         delivery = self._running.pop(task)
-        self._held.pop(delivery.message_id, None)
+        self._let_go(delivery)
         self.done += 1
         if not task.cancelled() and (error := task.exception()):
             log.error("loop_fault", stage=self._handler.stage, message=delivery.message_id, error=repr(error))
@@ -180,55 +212,84 @@ class Loop:
         if not self._running:
             self._idle.set()
 
+    def _let_go(self, delivery: Delivery) -> None:
+        if self._held.pop(delivery.message_id, None) is not None:
+            self._held_bytes -= delivery.size_bytes
+
     async def _work(self, delivery: Delivery) -> None:
         try:
             await self._step(delivery)
-        except asyncio.CancelledError:  # drained before it was done: another worker takes it at once
-            await delivery.nak()
-            raise
-        except BusError as e:  # the broker did not take the outcome: the lease runs out or another worker repeats it
+        except BusError as e:  # the broker will never take the outcome, or the handler could not reach it
             log.warning("not_published", stage=self._handler.stage, message=delivery.message_id, error=str(e))
             await delivery.nak(_retry_wait_s(delivery.deliveries))
 
     async def _step(self, delivery: Delivery) -> None:
+        deaths = await self._deaths(delivery)
+        if deaths > self._bus.config.max_deliver:  # not even its burial worked: do without its body
+            await self._bury(delivery, None, FailureKind.POISON, _hopeless(deaths))
+            return
         try:
-            message = await delivery.message()
+            message = await self._insist(delivery, delivery.message)
         except (msgspec.DecodeError, ValueError) as e:
             await self._bury(delivery, None, FailureKind.POISON, f"the message cannot be decoded: {e}")
             return
-        if delivery.deliveries >= self._bus.config.max_deliver:
-            why = f"delivered {delivery.deliveries} times without an outcome: it kills or hangs its workers"
-            await self._bury(delivery, message, FailureKind.POISON, why)
-            return
-        if self._handler.cancellations.cover(message):
+        if deaths == self._bus.config.max_deliver:
+            await self._bury(delivery, message, FailureKind.POISON, _hopeless(deaths))
+        elif self._handler.cancellations.cover(message):
             await self._bury(delivery, message, FailureKind.CANCELLED, "the job was cancelled")
-            return
+        else:
+            await self._handle(delivery, message, deaths)
+
+    async def _deaths(self, delivery: Delivery) -> int:
+        """Deliveries, this one included, that ended without an outcome or may yet; those handed back apart."""
+        if delivery.deliveries < self._bus.config.max_deliver - 1:  # too few to matter: not worth asking the broker
+            return delivery.deliveries
+        return max(1, delivery.deliveries - await self._insist(delivery, partial(self._bus.handed_back, delivery)))
+
+    async def _handle(self, delivery: Delivery, message: Message, deaths: int) -> None:
         try:
             outcome = await self._handler.handle(message, delivery.stored_at)
+            await self._insist(delivery, partial(self._bus.publish, outcome, delivery.message_id))
+        except PayloadTooLarge as e:
+            await self._bury(delivery, message, _fault_of(message), f"the outcome is too large: {e}")
         except BusError:
             raise
         except GymBusError as e:
-            if e.kind is FailureKind.SANDBOX_LOST and delivery.deliveries < self._bus.config.max_deliver - 1:
+            if e.kind is FailureKind.SANDBOX_LOST and deaths < self._bus.config.max_deliver - 1:
                 await delivery.nak(_retry_wait_s(delivery.deliveries))
                 return
             await self._bury(delivery, message, e.kind or FailureKind.AGENT_ERROR, str(e))
-            return
-        except Exception as e:  # the one place where any error of foreign code becomes a failure with a class
+        except Exception as e:  # the one place where any error of foreign code, or of what it returned, gets a class
             log.warning("handler_fault", stage=self._handler.stage, message=delivery.message_id, exc_info=True)
-            kind = FailureKind.AGENT_ERROR if isinstance(message, Request) else FailureKind.VERIFIER_ERROR
-            await self._bury(delivery, message, kind, f"{type(e).__name__}: {e}")
-            return
-        await self._bus.publish(outcome, delivery.message_id)
-        await delivery.ack()  # only now: a crash in between repeats the work, never loses it
+            await self._bury(delivery, message, _fault_of(message), f"{type(e).__name__}: {e}")
+        else:
+            await delivery.ack()  # only now: a crash in between repeats the work, never loses it
+
+    async def _insist(self, delivery: Delivery, call: Callable[[], Awaitable[T]]) -> T:
+        """What `call` returns, repeated while the trouble is the broker's; the lease is kept meanwhile.
+
+        A full stream is such trouble: giving the message back would only have its work done, and paid, again.
+        """
+        while True:
+            try:
+                return await call()
+            except BusError as e:
+                if not e.retryable:
+                    raise
+                log.warning("bus_waits", stage=self._handler.stage, message=delivery.message_id, error=str(e))
+                await asyncio.sleep(random.uniform(0.5, 1.5))
 
     async def _bury(self, delivery: Delivery, message: Message | None, kind: FailureKind, detail: str) -> None:
-        failure = Failure(kind=kind, detail=detail[:4000], stage=self._handler.stage)
+        words = detail[:4000].encode(errors="replace").decode()  # a lone surrogate would not encode
+        failure = Failure(kind=kind, detail=words, stage=self._handler.stage)
         if message is not None:
-            await self._bus.publish(failed(message, failure, worker=self._worker), delivery.message_id)
-        elif rollout := delivery.rollout:
-            await self._bus.publish(Failed(rollout=rollout, failure=failure), delivery.message_id)
+            outcome: Failed | None = failed(message, failure, worker=self._worker)
         else:
+            outcome = Failed(rollout=delivery.rollout, failure=failure) if delivery.rollout else None
+        if outcome is None:
             log.error("unreadable_message", subject=delivery.subject, message=delivery.message_id)
+        else:
+            await self._insist(delivery, partial(self._bus.publish, outcome, delivery.message_id))
         await delivery.ack()
 
     async def _extend_leases(self) -> None:
@@ -241,26 +302,53 @@ class Loop:
         """Stop working on a job that was cancelled; the queue itself is emptied by whoever cancelled it."""
         for task, delivery in list(self._running.items()):
             if (rollout := delivery.rollout) and rollout.job == job:
+                task.add_done_callback(partial(self._give_up, delivery))
                 task.cancel()
 
+    def _give_up(self, delivery: Delivery, task: asyncio.Task[None]) -> None:
+        # From outside: a task that is cancelled before its first step runs no code of its own.
+        if task.cancelled():
+            self._spawn(delivery.nak())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
+
     async def drain(self, limit_s: float) -> None:
-        """Stop pulling, finish what runs within `limit_s` seconds, hand the rest back."""
+        """Stop pulling, finish what runs within `limit_s` seconds, hand the rest back.
+
+        An outcome that a full stream did not take until then is lost: another worker makes it again.
+        """
         self._draining = True
-        for pull in self._pulls:
-            await pull.stop()
-        for queue in (self._urgent, self._ready):
-            while queue:
-                await queue.popleft().nak()
+        await asyncio.gather(*(pull.stop() for pull in self._pulls))
+        waiting = [*self._urgent, *self._ready]
+        self._urgent.clear()
+        self._ready.clear()
+        await self._hand_back(waiting)
         deadline = time.monotonic() + limit_s
         while self._running and time.monotonic() < deadline:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), max(0.01, deadline - time.monotonic()))
-        for task in list(self._running):
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await self._interrupt()
+        await asyncio.gather(*self._answers)
         if self._heartbeat:
             self._heartbeat.cancel()
+
+    async def _interrupt(self) -> None:
+        running = dict(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await self._hand_back([delivery for task, delivery in running.items() if task.cancelled()])
+
+    async def _hand_back(self, deliveries: Iterable[Delivery]) -> None:
+        """Another worker takes them at once, and nothing counts against them."""
+        left = list(deliveries)
+        await asyncio.gather(*(self._bus.hand_back(delivery) for delivery in left))
+        for delivery in left:
+            self._let_go(delivery)
 
 
 def failed(message: Message, failure: Failure, *, worker: str = "") -> Failed:
@@ -289,6 +377,14 @@ def failed(message: Message, failure: Failure, *, worker: str = "") -> Failed:
     )
 
 
+def _fault_of(message: Message) -> FailureKind:
+    return FailureKind.AGENT_ERROR if isinstance(message, Request) else FailureKind.VERIFIER_ERROR
+
+
+def _hopeless(deaths: int) -> str:
+    return f"delivered {deaths} times without an outcome: it kills or hangs its workers"
+
+
 def _retry_wait_s(deliveries: int) -> float:
-    wait: float = min(RETRY_FIRST_S * 2 ** (deliveries - 1), RETRY_MOST_S)
+    wait: float = min(RETRY_FIRST_S * 2 ** min(deliveries - 1, 10), RETRY_MOST_S)
     return wait * random.uniform(0.5, 1.5)

@@ -20,6 +20,7 @@ from gym_bus.config import Config
 from gym_bus.errors import DataError, UsageError, did_you_mean
 from gym_bus.jobs import JobRecord, spans_of
 from gym_bus.results.files import JobFiles
+from gym_bus.results.lock import FileLock
 from gym_bus.results.manifest import Manifest, differences, new_job_id
 from gym_bus.settings import ModelConfig
 from gym_bus.verifiers.registry import VERIFIERS
@@ -155,8 +156,11 @@ def write_down(plan: Plan, output: Path) -> Job:
     try:
         output.mkdir(parents=True, exist_ok=True)
         part = files.inputs.with_suffix(f".{os.getpid()}.part")
+        lock = FileLock(files.lock)  # two runs that start at once must not write a manifest each
         try:
             digest, counts = _write_inputs(_lines(plan), part)
+            if not counts:
+                raise DataError(f"{plan.data}: no rows in it")
             manifest = _manifest(plan, digest, len(counts))
             resumed = files.manifest.exists()
             if resumed:
@@ -166,6 +170,7 @@ def write_down(plan: Plan, output: Path) -> Job:
                 manifest.save(files.manifest)
         finally:
             part.unlink(missing_ok=True)
+            lock.release()
     except OSError as e:
         raise UsageError(
             f"{output}: cannot be written: {e.strerror or e}; choose another folder with --output"
@@ -199,8 +204,6 @@ def _write_inputs(lines: Iterable[tuple[int, int, bytes]], path: Path) -> tuple[
             counts[task] = max(counts.get(task, 0), rollout + 1)
         out.flush()
         os.fsync(out.fileno())
-    if not counts:
-        raise DataError("the dataset has no rows")
     return sha.hexdigest(), counts
 
 
@@ -258,6 +261,7 @@ def _job(plan: Plan, manifest: Manifest, spans: list[tuple[int, int, int]], file
         verifier=manifest.verifier,
         spans=spans,
         lane=plan.config.job.lane,
+        limit_s=plan.config.job.limit_s,
         created_at=manifest.created_at,
         manifest=msgspec.to_builtins(manifest),
     )

@@ -14,9 +14,9 @@ import msgspec
 from gym_bus import subjects
 from gym_bus.bus import Bus
 from gym_bus.errors import BusError, DataError
-from gym_bus.jobs import Issued
+from gym_bus.jobs import Issued, JobRecord
 from gym_bus.logs import get_logger
-from gym_bus.messages import Request, RolloutId
+from gym_bus.messages import Attempt, Request, RolloutId
 
 log = get_logger(__name__)
 
@@ -79,7 +79,7 @@ async def publish_requests(
     on_progress: Callable[[int], None] | None = None,
     watermark: bool = True,
 ) -> int:
-    """Publish a request per input line from `start` on; returns how many.
+    """Publish a request per input line from `start` on; returns how many the broker did not have yet.
 
     A full queue is waited for, and so is a broker that is away: the caller's cancellation is the only end.
 
@@ -103,14 +103,24 @@ async def publish_requests(
             for row in batch
             if (number := number_of(rollout := RolloutId(order.job, row.task_index, row.rollout_index)))
         ]
-        await asyncio.gather(*(_publish(bus, request, name, order.lane) for request, name in requests))
+        stored = await asyncio.gather(*(publish_patiently(bus, r, name, order.lane) for r, name in requests))
         behind += len(batch)
-        published += len(requests)
+        published += sum(stored)
         if watermark:  # behind the acks: a crash in between orders a batch twice, never loses one
             await _persist(bus, order.job, behind)
         if on_progress:
             on_progress(behind)
+        if await _cancelled(bus, order.job):
+            break
     return published
+
+
+async def _cancelled(bus: Bus, job: str) -> bool:
+    try:
+        record = await bus.get(subjects.JOBS, job, JobRecord)
+    except BusError:
+        return False
+    return record is not None and record.state == "cancelled"
 
 
 def _skip(rows: Iterator[InputRow], count: int) -> None:
@@ -144,15 +154,15 @@ def _request(order: Order, row: InputRow, number: int, group_size: int) -> Reque
     )
 
 
-async def _publish(bus: Bus, request: Request, name: str, lane: str) -> None:
+async def publish_patiently(bus: Bus, message: Request | Attempt, name: str, lane: str = "batch") -> bool:
+    """Publish, however long the queue is full or the broker away; False where the broker had it before."""
     while True:
         try:
-            await bus.publish(request, name, lane=lane)
-            return
+            return await bus.publish(message, name, lane=lane)
         except BusError as e:
             if not e.retryable:
                 raise
-            log.warning("request_waits", rollout=name, error=str(e))
+            log.warning("publishing_waits", rollout=name, error=str(e))
             await asyncio.sleep(1.0)
 
 

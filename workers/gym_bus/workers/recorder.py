@@ -18,7 +18,7 @@ from gym_bus import subjects
 from gym_bus.bus import Bus
 from gym_bus.config import Config
 from gym_bus.errors import BusError, GymBusError, UsageError
-from gym_bus.jobs import JobRecord, find_job, list_jobs
+from gym_bus.jobs import Issued, JobRecord, find_job, list_jobs
 from gym_bus.logs import get_logger
 from gym_bus.messages import RolloutId
 from gym_bus.results.files import JobFiles
@@ -34,6 +34,9 @@ log = get_logger(__name__)
 LOOK_S = 1.0
 BEAT_S = 2.0
 LEASE_S = 8.0
+RETRY_S = 10.0
+STANDS_STILL_S = 60.0
+"""A publisher that has not moved its mark for so long is dead: what it has not published is missing."""
 """A recorder that has not renewed its lease for so long, by the looker's own clock, is dead."""
 
 
@@ -90,6 +93,24 @@ class Lease:
             await self._swap(Holder(""), self._revision)
 
 
+class Published:
+    """Whether a submitted job's publisher is through, as far as the bus knows."""
+
+    def __init__(self, bus: Bus, record: JobRecord) -> None:
+        self._bus, self._record = bus, record
+        self._seen, self._since = -1, time.monotonic()
+
+    async def all_out(self) -> bool:
+        """True when every request is out, or the publisher has not moved for `STANDS_STILL_S`."""
+        issued: Issued | None = await self._bus.get(subjects.JOBS, f"{self._record.job}.issued", Issued)
+        count = issued.count if issued else 0
+        if count >= self._record.total:
+            return True
+        if count != self._seen:
+            self._seen, self._since = count, time.monotonic()
+        return time.monotonic() - self._since > STANDS_STILL_S
+
+
 class Recorder:
     """Looks for submitted jobs that nobody records and records them."""
 
@@ -97,7 +118,10 @@ class Recorder:
         self._bus, self._config, self._output, self._worker = bus, config, output, worker
         self._leases: dict[str, Lease] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._given_up: set[str] = set()
+        self._not_before: dict[str, float] = {}
+        """Jobs that could not be recorded, and when, by the monotonic clock, to try again."""
+        self.finished: set[str] = set()
+        """Jobs that this worker has recorded to their end."""
         self.done = 0
 
     @property
@@ -113,7 +137,7 @@ class Recorder:
                 self._ended(job, task)
         for record in await list_jobs(self._bus):
             free = record.shared and record.state != "done" and record.job not in self._tasks
-            if free and record.job not in self._given_up:
+            if free and record.job not in self.finished and time.monotonic() >= self._not_before.get(record.job, 0.0):
                 lease = self._leases.setdefault(record.job, Lease(self._bus, record.job, self._worker))
                 if await lease.try_take():
                     log.info("recording", job=record.job)
@@ -127,7 +151,10 @@ class Recorder:
         if error := task.exception():
             log.error("recording_failed", job=job, error=str(error))
             if not (isinstance(error, GymBusError) and error.retryable):
-                self._given_up.add(job)
+                # The disk may be full, or the folder in the hands of a worker that is about to die.
+                self._not_before[job] = time.monotonic() + RETRY_S
+        else:
+            self.finished.add(job)
 
     async def _record(self, record: JobRecord, lease: Lease) -> None:
         keeping = asyncio.create_task(lease.keep(), name=f"{record.job} lease")
@@ -160,6 +187,7 @@ class Recorder:
             agent_options=msgspec.json.encode(manifest.agent_options, order="sorted"),
             verifier_options=msgspec.json.encode(manifest.verifier_options, order="sorted"),
             lane=record.lane,
+            limit_s=record.limit_s,
         )
 
         async def reissue(again: dict[RolloutId, tuple[int, int]]) -> None:
@@ -173,9 +201,11 @@ class Recorder:
                 watermark=False,
             )
 
-        with open_writer(record, files, self._config.results) as writer:
+        writer = await asyncio.to_thread(open_writer, record, files, self._config.results)
+        with writer:
+            published = Published(self._bus, record)
             consumer = ResultsConsumer(
-                self._bus, record, files, writer, self._config.results, reissue, published=lambda: True
+                self._bus, record, files, writer, self._config.results, reissue, published=published.all_out
             )
             await consumer.run()
         await asyncio.to_thread(profile_job, files)
@@ -215,7 +245,7 @@ async def run_recorder(config: Config, output: Path, *, once: str | None = None,
         while not stop.is_set():
             with contextlib.suppress(BusError):
                 await recorder.look()
-                if once is not None and (await find_job(bus, once)).state == "done":
+                if once is not None and (once in recorder.finished or (await find_job(bus, once)).state == "done"):
                     break
                 if time.monotonic() - reported_at > REPORT_S:
                     reported_at = time.monotonic()

@@ -16,7 +16,7 @@ import msgspec
 
 from gym_bus import subjects
 from gym_bus.bus import Bus, Delivery, Follower, as_result
-from gym_bus.errors import BusError, FailureKind
+from gym_bus.errors import RETRYABLE, BodyLost, BusError, FailureKind
 from gym_bus.jobs import JobProgress, JobRecord
 from gym_bus.logs import get_logger
 from gym_bus.messages import Failed, Failure, Result, RolloutId, Scored
@@ -44,12 +44,15 @@ def open_writer(record: JobRecord, files: JobFiles, config: ResultsConfig) -> Re
 def worth_retrying(ledger: Ledger, most_attempts: int) -> list[tuple[RolloutId, int]]:
     """Failed rollouts that another attempt may mend, with that attempt's number.
 
-    Not worth it: terminal failures, and rollouts that have used up their attempts, cancelled ones apart.
+    Not worth it: terminal failures, kinds that no repetition mends, and rollouts that have used up their attempts,
+    cancelled ones apart.
     """
     return [
         (rollout, failure.number + 1)
         for rollout, failure in ledger.failures()
-        if not failure.terminal and (failure.number < most_attempts or failure.kind == FailureKind.CANCELLED)
+        if not failure.terminal
+        and failure.kind in RETRYABLE
+        and (failure.number < most_attempts or failure.kind == FailureKind.CANCELLED)
     ]
 
 
@@ -75,7 +78,7 @@ class ResultsConsumer:
         config: ResultsConfig,
         reissue: Reissue,
         *,
-        published: Callable[[], bool] = lambda: True,
+        published: Callable[[], Awaitable[bool]] | None = None,
         on_results: Callable[[list[Result], Ledger], None] | None = None,
     ) -> None:
         """Go on from what the files hold.
@@ -87,7 +90,7 @@ class ResultsConsumer:
             writer: holds the files open; see `open_writer`.
             config: limits.
             reissue: called with what the bus has lost.
-            published: whether every request is out; before that, nothing is missing.
+            published: tells whether every request is out; before that, nothing is missing. None where all are.
             on_results: called with every batch of newly recorded results.
         """
         self._bus, self._record, self._files, self._config = bus, record, files, config
@@ -99,6 +102,10 @@ class ResultsConsumer:
         self._told_at = 0.0
         self._told = JobProgress()
         self._cancelled = False
+        self._rescanned: bool | None = False
+        """Whether the stream was read from its start since something last moved; None where it is to be."""
+        self._unread: list[Delivery] = []
+        """Taken off the stream and not recorded yet: the bus was away when their bodies were fetched."""
 
     # -- what is to do ------------------------------------------------------------------------------------------------
 
@@ -143,6 +150,10 @@ class ResultsConsumer:
         try:
             while self.left:
                 await self._turn(follower)
+                if self._rescanned is None:
+                    await follower.close()
+                    follower = Follower(self._bus, subjects.RESULTS, subjects.results_of(self._record.job), 1)
+                    self._rescanned = True
         finally:
             await follower.close()
             with contextlib.suppress(BusError):
@@ -150,9 +161,10 @@ class ResultsConsumer:
 
     async def _turn(self, follower: Follower) -> None:
         try:
-            deliveries = await follower.batch(BATCH_WAIT_S)
-            if deliveries:
-                await self._append(deliveries)
+            self._unread = self._unread or await follower.batch(BATCH_WAIT_S)
+            if self._unread:
+                await self._append(self._unread)
+                self._unread = []
             elif time.monotonic() - self._progress_at > self._config.idle_s:
                 self._progress_at = time.monotonic()
                 await self._reconcile(follower)
@@ -178,10 +190,10 @@ class ResultsConsumer:
 
     async def _append(self, deliveries: list[Delivery]) -> None:
         results = [(delivery.sequence, await self._result(delivery)) for delivery in deliveries]
-        fresh = await asyncio.to_thread(self._writer.append, results)
+        fresh = await self._write(results)
         if not fresh:
             return
-        self._progress_at = time.monotonic()
+        self._progress_at, self._rescanned = time.monotonic(), False
         for result in fresh:
             wanted = self._retrying.get(result.rollout)
             if wanted is not None and (isinstance(result, Scored) or result.number >= wanted):
@@ -189,10 +201,22 @@ class ResultsConsumer:
         if self._on_results:
             self._on_results(fresh, self.ledger)
 
+    async def _write(self, results: list[tuple[int, Result]]) -> list[Result]:
+        writing = asyncio.ensure_future(asyncio.to_thread(self._writer.append, results))
+        try:
+            return await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait({writing})  # the thread goes on: its files may not be closed under it
+            raise
+
     async def _result(self, delivery: Delivery) -> Result:
         try:
-            return as_result(await delivery.message())
-        except (msgspec.DecodeError, BusError) as e:
+            result = as_result(await delivery.message())
+            wanted = self._retrying.get(result.rollout, 0)
+            if isinstance(result, Failed) and result.failure.kind is FailureKind.CANCELLED and result.number < wanted:
+                return msgspec.structs.replace(result, number=wanted)  # who cancels a job knows no attempt numbers
+            return result
+        except (msgspec.DecodeError, BodyLost) as e:
             job, task, index = delivery.subject.split(".")[2:5]
             rollout = RolloutId(job, int(task), int(index))
             detail = f"the result cannot be read: {e}"
@@ -228,7 +252,7 @@ class ResultsConsumer:
     async def _reconcile(self, follower: Follower) -> None:
         """Compare what is missing with what the bus holds: order again what it lost, fail what it cannot deliver."""
         job = self._record.job
-        if not self._published() or await follower.pending():
+        if (self._published and not await self._published()) or await follower.pending():
             return
         waiting = 0
         for stream, subject in (
@@ -240,6 +264,12 @@ class ResultsConsumer:
             waiting += await self._bus.waiting(stream, subject)
         if waiting or await follower.pending():
             return  # queued, or in the hands of a worker whose lease ends by itself, or just arrived
+        if not self._rescanned:  # a crash between the two files leaves one behind the other: the stream has it all
+            self._rescanned = None
+            return
+        if self._cancelled:
+            await self._fail(self._open(), FailureKind.CANCELLED, "the job was cancelled")
+            return
         for rollout in self._retrying:  # a straggler of an older attempt may have taken its place
             await self._make_room(rollout)
         lost = {rollout: self._issues.get(rollout, 0) + 1 for rollout in self._open()}
@@ -275,6 +305,7 @@ class ResultsConsumer:
                 failure=Failure(kind=kind, detail=detail, stage="bus"),
                 agent=self._record.agent,
                 verifier=self._record.verifier,
+                group_size=self._record.group_size(rollout.task_index),
             )
             for rollout in rollouts
         ]

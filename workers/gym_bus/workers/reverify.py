@@ -25,7 +25,7 @@ from gym_bus.results.reader import Joined, iter_jsonl, join_rollouts
 from gym_bus.verifiers.registry import VERIFIERS
 from gym_bus.workers.local import LocalStack
 from gym_bus.workers.plan import check_verifier
-from gym_bus.workers.publish import BATCH, message_id
+from gym_bus.workers.publish import BATCH, message_id, publish_patiently
 from gym_bus.workers.results import ResultsConsumer
 from gym_bus.workers.run import Progress, enrol, retire
 
@@ -125,8 +125,11 @@ def _check_output(output: Path, rollouts: Path) -> None:
         raise UsageError(f"--output {output} would overwrite the rollouts it is made from")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        known = output.exists()
         with output.open("ab"):
             pass
+        if not known:
+            output.unlink()
     except OSError as e:
         raise UsageError(f"--output {output}: cannot be written: {e.strerror or e}") from None
 
@@ -169,6 +172,10 @@ async def _run(
         await _publish(bus, record, files, options, lambda order: wanted.get(order))
 
     publishing: asyncio.Task[None] | None = None
+
+    async def published() -> bool:
+        return publishing is not None and publishing.done()
+
     consumer = ResultsConsumer(
         bus,
         record,
@@ -176,7 +183,7 @@ async def _run(
         verdicts,
         stack.config.results,
         reissue,
-        published=lambda: publishing is not None and publishing.done(),
+        published=published,
         on_results=recorded,
     )
     on_start(progress)
@@ -204,7 +211,7 @@ async def _publish(
             for joined in batch
             if (issue := issue_of(joined.order)) is not None
         ]
-        await asyncio.gather(*(bus.publish(a, message_id(a.rollout, 1, issue)) for a, issue in attempts))
+        await asyncio.gather(*(publish_patiently(bus, a, message_id(a.rollout, 1, issue)) for a, issue in attempts))
 
 
 def _take(rows: Iterator[Joined]) -> list[Joined]:
@@ -234,6 +241,7 @@ def _write(rollouts: Path, output: Path, verdicts: _Verdicts, verifier: str) -> 
                 fields: dict[str, Any] = _fields.decode(line)
                 verdict = verdicts.results[order]
                 before = _reward(fields.pop("reward", None))
+                fields.pop("reward_components", None)  # the old verdict's
                 fields["gym_bus"] = _provenance(fields.get("gym_bus"), verifier, verdicts.digest, before)
                 if isinstance(verdict, Failed):
                     failed.write(_failed_row(fields, verdict) + b"\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,13 @@ import msgspec
 from gym_bus import subjects
 from gym_bus.bus import Bus
 from gym_bus.config import Config
-from gym_bus.errors import FailureKind
+from gym_bus.errors import BusError, FailureKind, UsageError
 from gym_bus.jobs import Issued, JobProgress, JobRecord
 from gym_bus.logs import get_logger
 from gym_bus.messages import Failed, Failure, Result, RolloutId
 from gym_bus.results.ledger import Ledger
 from gym_bus.results.writer import ResultsWriter
-from gym_bus.workers.local import LocalStack
+from gym_bus.workers.local import STORE, LocalStack
 from gym_bus.workers.main import CONTROL_CANCEL
 from gym_bus.workers.plan import Job
 from gym_bus.workers.publish import publish_requests
@@ -93,11 +94,22 @@ async def run_job(
     with open_writer(job.record, job.files, config.results) as writer:
         if not writer.ledger.missing_count and not worth_retrying(writer.ledger, config.results.max_attempts):
             on_start(Progress(job.record, writer.ledger))
+            await _close_books(job, config)
             return RunResult(ledger=writer.ledger, wall_s=0.0, finished=0)
         async with LocalStack(config, job.files.folder, workers=workers) as stack:
             result = await _run(job, stack, writer, on_start)
             stack.complete()
             return result
+
+
+async def _close_books(job: Job, config: Config) -> None:
+    """What a run that was killed at its very end has left undone: the files are complete, the bus does not know."""
+    if config.bus.url is None:
+        await asyncio.to_thread(shutil.rmtree, job.files.folder / STORE, ignore_errors=True)
+        return
+    with contextlib.suppress(BusError):  # nothing is needed of the bus, so it may be gone
+        async with await Bus.connect(config.bus) as bus:
+            await retire(bus, job.record)
 
 
 async def _run(job: Job, stack: LocalStack, writer: ResultsWriter, on_start: Callable[[Progress], None]) -> RunResult:
@@ -120,6 +132,10 @@ async def _run(job: Job, stack: LocalStack, writer: ResultsWriter, on_start: Cal
         )
 
     publishing: asyncio.Task[None] | None = None
+
+    async def published() -> bool:
+        return publishing is not None and publishing.done()
+
     consumer = ResultsConsumer(
         bus,
         job.record,
@@ -127,7 +143,7 @@ async def _run(job: Job, stack: LocalStack, writer: ResultsWriter, on_start: Cal
         writer,
         config.results,
         reissue,
-        published=lambda: publishing is not None and publishing.done(),
+        published=published,
         on_results=recorded,
     )
     # Before anything is awaited for: with nothing else missing, the consumer would see no work and end.
@@ -167,7 +183,7 @@ async def _publish(bus: Bus, job: Job, consumer: ResultsConsumer, progress: Prog
 async def enrol(bus: Bus, record: JobRecord) -> None:
     """Have the bus remember the job; a cancelled one runs again."""
     known: JobRecord | None = await bus.get(subjects.JOBS, record.job, JobRecord)
-    if known is None or known.state != record.state:
+    if known is None or msgspec.structs.replace(known, created_at=record.created_at) != record:
         await bus.put(subjects.JOBS, record.job, record)
 
 
@@ -180,8 +196,18 @@ async def retire(bus: Bus, record: JobRecord) -> None:
 
 
 async def submit_job(bus: Bus, job: Job) -> int:
-    """Publish a job for workers and a results worker elsewhere; returns the number of rollouts."""
+    """Publish a job for workers and a results worker elsewhere; returns the number of rollouts that are new to it.
+
+    Raises:
+        UsageError: the job is over already.
+    """
     record = msgspec.structs.replace(job.record, shared=True)
+    known: JobRecord | None = await bus.get(subjects.JOBS, record.job, JobRecord)
+    if known is not None and known.over:
+        raise UsageError(
+            f"job {record.job} is {known.state} already; choose another --output to run it anew, or run "
+            "`gym-bus eval run` with this one to try again what failed"
+        )
     await bus.store_file(f"{record.job}/inputs", job.files.inputs)
     await enrol(bus, record)
     return await publish_requests(bus, job.order, job.files.inputs, lambda _: 1, job.record.group_size)
@@ -204,7 +230,10 @@ async def cancel_job(bus: Bus, record: JobRecord) -> int:
     for rollout in record.rollouts():
         if (rollout.task_index, rollout.rollout_index) in have:
             continue
-        batch.append(Failed(rollout=rollout, failure=failure, agent=record.agent, verifier=record.verifier))
+        size = record.group_size(rollout.task_index)
+        batch.append(
+            Failed(rollout=rollout, failure=failure, agent=record.agent, verifier=record.verifier, group_size=size)
+        )
         if len(batch) == 1024:
             cancelled += await _publish_all(bus, batch)
             batch = []
@@ -251,6 +280,8 @@ async def job_status(bus: Bus, record: JobRecord) -> Status:
     requests = await bus.waiting(subjects.REQUESTS, subjects.requests_of(job))
     attempts = await bus.waiting(subjects.ATTEMPTS, subjects.attempts_of(job))
     progress: JobProgress = await bus.get(subjects.JOBS, f"{job}.progress", JobProgress) or JobProgress()
+    if record.over:  # results leave the stream with age; what was recorded stays
+        results = max(results, progress.recorded)
     accepted = min(record.total, max(issued.count if issued else 0, results))
     return Status(
         job=job,
