@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import random
 import threading
 import time
 from bisect import bisect_left, bisect_right
@@ -37,6 +38,8 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 TRAINERS = "gym_trainers"
+LOOK_S = 1.0
+"""Seconds without an outcome before the trainer looks whether the job is over."""
 SETTLE_S = 10.0
 """Seconds without an outcome after which a job that is over, but lacks results on the stream, gets no more of them: a
 cancelled job's last failures are published after its state has changed, and old results expire."""
@@ -44,7 +47,9 @@ BODY_TRIES = 5
 """Tries to fetch a body while the server answers, before it is gone for good."""
 BODY_WAIT_S = 1.0
 """Seconds between two of these tries."""
-SAVE_TRIES = 5
+SAVE_TRIES = 20
+SAVE_WAIT_S = 0.02
+"""Seconds between two of these tries, at most, times their number: one of two streams of a name is through soon."""
 
 
 class Committed(msgspec.Struct):
@@ -327,7 +332,7 @@ class RewardStream:
         """
         deadline = None if limit_s is None else time.monotonic() + limit_s
         while not self._complete:
-            wait_s = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
+            wait_s = LOOK_S if deadline is None else min(LOOK_S, deadline - time.monotonic())
             if wait_s <= 0:
                 return None
             try:
@@ -501,10 +506,11 @@ class RewardStream:
         self._unsaved[first] = spans
         try:
             async with self._saving:
-                for _ in range(SAVE_TRIES):
+                for tried in range(SAVE_TRIES):
                     if first in self._committed or await self._write(spans):
                         return
                     # Written by a write of ours whose ack was lost, or by another stream of this name.
+                    await asyncio.sleep(random.uniform(0, tried * SAVE_WAIT_S))
                     await self._load()
             raise BusError(f"{TRAINERS}/{self._key} is written by others all the time: is the durable name used twice?")
         finally:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import nats
@@ -19,11 +20,11 @@ from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 
 from gym_bus import subjects
-from gym_bus.bus.publish import Publisher, Refused
-from gym_bus.bus.pull import CLAIM_BYTES_HEADER, CLAIM_HEADER, ID_HEADER, Delivery, Follower
-from gym_bus.errors import BusError, UsageError
+from gym_bus.bus.publish import Publisher
+from gym_bus.bus.pull import CLAIM_BYTES_HEADER, CLAIM_HEADER, FAILURE_HEADER, ID_HEADER, Delivery, Follower
+from gym_bus.errors import BodyLost, BusError, UsageError
 from gym_bus.logs import get_logger
-from gym_bus.messages import Attempt, Message, Request, Result, encode
+from gym_bus.messages import Attempt, Failed, Message, Request, Result, encode
 from gym_bus.settings import BusConfig, MiB, StreamConfig
 
 log = get_logger(__name__)
@@ -40,8 +41,21 @@ SECOND_LOOK_S = 0.5
 """An acked message leaves its stream a moment after the ack."""
 MESSAGE_GONE = (10037, 10057)
 """err_codes of a deletion: nothing at this sequence; it failed, for one of many reasons."""
+IDS_MESSAGES = 4096
+IDS_BYTES = 8 * MiB
+"""Of one request for stored messages: their bodies come along."""
 WORKER_AGE_S = 30.0
 """A worker that has not reported for so long is forgotten."""
+
+
+class Outcome(NamedTuple):
+    """What a result says without its body."""
+
+    task_index: int
+    rollout_index: int
+    message_id: str
+    failure: str | None
+    """The failure's class, None where the rollout was scored."""
 
 
 class Bus:
@@ -289,14 +303,6 @@ class Bus:
         await asyncio.sleep(SECOND_LOOK_S)
         return sorted(first.keys() & (await self._passed_by(stream, subject)).keys())
 
-    async def stuck(self, stream: str, subject: str) -> list[str]:
-        """Subjects with at least one stuck message; others of the same subject may be well: see `stuck_sequences`."""
-        stuck = await self.stuck_sequences(stream, subject)
-        if not stuck:
-            return []
-        passed_by = await self._passed_by(stream, subject)
-        return sorted({passed_by[sequence] for sequence in stuck if sequence in passed_by})
-
     async def _passed_by(self, stream: str, subject: str) -> dict[int, str]:
         """Subjects by sequence of what lies where its consumer has delivered all and waits for no ack."""
         # The consumers first: what they had settled by now cannot be a message that comes later.
@@ -333,7 +339,7 @@ class Bus:
             lane: the priority class, for requests.
 
         Raises:
-            PayloadTooLarge, Refused: publishing it again cannot help.
+            PayloadTooLarge, BusError not retryable: publishing it again cannot help.
             BusError: the broker did not take it within `publish_limit_s`; a full stream is waited for so long.
             msgspec.EncodeError, TypeError, ValueError: the message holds what cannot be encoded.
         """
@@ -346,6 +352,8 @@ class Bus:
             subject = subjects.result(r.job, r.task_index, r.rollout_index)
         payload = encode(message)
         headers = {ID_HEADER: message_id}
+        if isinstance(message, Failed):
+            headers[FAILURE_HEADER] = message.failure.kind.value
         if len(payload) > self.inline_limit_bytes:
             headers[CLAIM_HEADER] = await self._store_blob(subject, message_id, payload)
             headers[CLAIM_BYTES_HEADER] = str(len(payload))
@@ -371,14 +379,14 @@ class Bus:
         """The body behind a claim.
 
         Raises:
-            Refused: there is none.
+            BodyLost: there is none.
             BusError: the object store did not answer.
         """
         blobs = await self._blobs()
         try:
             found = await asyncio.wait_for(blobs.get(key), API_LIMIT_S)
-        except nats.js.errors.NotFoundError as e:
-            raise Refused(f"object {key}: {e}") from None
+        except nats.js.errors.NotFoundError:
+            raise BodyLost(f"object {key}: not found") from None
         except (TimeoutError, nats.errors.Error) as e:
             raise BusError(f"object {key}: {e or type(e).__name__}") from None
         return bytes(found.data or b"")
@@ -402,16 +410,32 @@ class Bus:
                 raise BusError(f"object {key}: {e or type(e).__name__}") from None
 
     async def delete_blobs(self, job: str) -> int:
-        """Delete the objects of a job; returns how many there were."""
+        """Delete a finished job's objects, but the bodies of results: trainers may still read those.
+
+        They go when the stream has let go of their messages: with the first job that ends after `results.max_age_s`.
+        Returns how many objects were deleted.
+        """
         store = await self._blobs()
         try:
-            entries = await asyncio.wait_for(store.list(), API_LIMIT_S)
-        except (TimeoutError, nats.errors.Error):  # an empty store is an error to the client
+            entries = await asyncio.wait_for(store.list(ignore_deletes=True), API_LIMIT_S)
+        except nats.js.errors.NotFoundError:  # the client's word for an empty store
             return 0
-        names = [str(e.name) for e in entries if str(e.name).startswith(f"{job}/") and not e.deleted]
+        except (TimeoutError, nats.errors.Error) as e:
+            raise BusError(f"object store {subjects.BLOBS}: {e or type(e).__name__}") from None
+        names = [str(entry.name) for entry in entries if self._outlived(entry, job)]
         for name in names:
             await self._api(store.delete(name), f"object {name}")
         return len(names)
+
+    def _outlived(self, entry: api.ObjectInfo, job: str) -> bool:
+        owner, _, rest = str(entry.name).partition("/")
+        if not rest.startswith("gym.result."):
+            return owner == job
+        oldest_s, stored = self.config.results.max_age_s, str(entry.mtime or "")
+        if not oldest_s or not stored:
+            return False
+        age = datetime.now(UTC) - datetime.fromisoformat(stored)
+        return age.total_seconds() > oldest_s
 
     async def respond(self, reply: str, body: bytes) -> None:
         """Answer a delivery. Where the connection is away the answer is dropped and the lease runs out."""
@@ -476,18 +500,61 @@ class Bus:
             yield int(found.seq or 0), str(found.subject), (found.headers or {}).get(ID_HEADER, "")
             sequence = int(found.seq or 0) + 1
 
-    async def recorded(self, stream: str, subject: str) -> set[tuple[int, int]]:
-        """(task index, rollout index) of every stored result of `subject`; bodies are not transferred."""
+    async def ids(self, stream: str, subject: str) -> list[str]:
+        """The message id of every stored message of `subject` (wildcards allowed), in order.
+
+        Far fewer round trips than `messages`, but a replica may answer, which can be a moment behind its leader.
+
+        Raises:
+            BusError: the broker did not answer, or the connection broke off in between.
+        """
+        inbox = self.client.new_inbox()
+        arrived: asyncio.Queue[Msg] = asyncio.Queue()
+        subscription = await self.client.subscribe(inbox, cb=arrived.put, pending_bytes_limit=4 * IDS_BYTES)
+        found: list[str] = []
+        sequence: int | None = 1
+        try:
+            while sequence is not None:
+                body = {"seq": sequence, "next_by_subj": subject, "batch": IDS_MESSAGES, "max_bytes": IDS_BYTES}
+                await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), inbox)
+                sequence = await self._ids_of_batch(stream, arrived, found)
+        except nats.errors.Error as e:
+            raise BusError(f"stream {stream}: {e or type(e).__name__}") from None
+        finally:
+            with contextlib.suppress(nats.errors.Error):
+                await subscription.unsubscribe()
+        return found
+
+    async def _ids_of_batch(self, stream: str, arrived: asyncio.Queue[Msg], found: list[str]) -> int | None:
+        """Take one batch into `found`; returns where the next one begins, None where there is none."""
+        while True:
+            try:
+                headers = (await asyncio.wait_for(arrived.get(), API_LIMIT_S)).headers or {}
+            except TimeoutError:
+                raise BusError(f"stream {stream}: no answer") from None
+            status = headers.get("Status", "")
+            if status == "204":
+                return int(headers["Nats-Last-Sequence"]) + 1 if int(headers["Nats-Num-Pending"]) else None
+            if status == "404":
+                return None
+            if status:
+                raise BusError(f"stream {stream}: {headers.get('Description') or status}")
+            found.append(headers.get(ID_HEADER, ""))
+
+    async def outcomes(self, stream: str, subject: str) -> AsyncIterator[Outcome]:
+        """What every stored result of `subject` is; bodies are not transferred. Raises BusError."""
         follower = Follower(self, stream, subject, 1, headers_only=True)
-        found: set[tuple[int, int]] = set()
         try:
             while await follower.pending():
                 for delivery in await follower.batch(1.0):
                     task, rollout = delivery.subject.split(".")[3:5]
-                    found.add((int(task), int(rollout)))
+                    yield Outcome(int(task), int(rollout), delivery.message_id, delivery.headers.get(FAILURE_HEADER))
         finally:
             await follower.close()
-        return found
+
+    async def recorded(self, stream: str, subject: str) -> set[tuple[int, int]]:
+        """(task index, rollout index) of every stored result of `subject`; bodies are not transferred."""
+        return {(o.task_index, o.rollout_index) async for o in self.outcomes(stream, subject)}
 
     async def message_at(self, stream: str, sequence: int) -> tuple[str, bytes] | None:
         """(message id, body) at a sequence; None where there is nothing (any more)."""
