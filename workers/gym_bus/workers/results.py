@@ -259,8 +259,8 @@ class ResultsConsumer:
             (subjects.REQUESTS, subjects.requests_of(job)),
             (subjects.ATTEMPTS, subjects.attempts_of(job)),
         ):
-            for stuck in await self._bus.stuck(stream, subject):
-                await self._fail_undeliverable(stream, stuck)
+            for sequence in await self._bus.stuck_sequences(stream, subject):
+                await self._fail_undeliverable(stream, sequence)
             waiting += await self._bus.waiting(stream, subject)
         if waiting or await follower.pending():
             return  # queued, or in the hands of a worker whose lease ends by itself, or just arrived
@@ -284,11 +284,13 @@ class ResultsConsumer:
     def _open(self) -> list[RolloutId]:
         return [*self.ledger.missing(), *self._retrying]
 
-    async def _fail_undeliverable(self, stream: str, subject: str) -> None:
-        async for sequence, _, name in self._bus.messages(stream, subject):
-            with contextlib.suppress(ValueError):
-                await self._fail([RolloutId.parse(name)], FailureKind.POISON, "its deliveries are used up")
-            await self._bus.delete(stream, sequence)
+    async def _fail_undeliverable(self, stream: str, sequence: int) -> None:
+        found = await self._bus.message_at(stream, sequence)
+        if found is None:
+            return
+        with contextlib.suppress(ValueError):
+            await self._fail([RolloutId.parse(found[0])], FailureKind.POISON, "its deliveries are used up")
+        await self._bus.delete(stream, sequence)
 
     async def _fail_if_cancelled(self) -> None:
         record = await self._bus.get(subjects.JOBS, self._record.job, JobRecord)
