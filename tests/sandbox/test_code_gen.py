@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from gym_bus.errors import SandboxError, TaskError, UsageError, VerifierError
 from gym_bus.messages import Verdict
+from gym_bus.sandbox.api import Program
 from gym_bus.sandbox.slot import Slot
 from gym_bus.verifiers import runner as runner_module
 from gym_bus.verifiers.base import Task
@@ -118,7 +123,9 @@ async def test_a_program_is_judged_by_what_it_prints(
         ),
         ("import json\njson.dumps = lambda _: 'no JSON'\ndef f(a, b):\n    return 1", WRONG),
         ("import json\njson.dumps = lambda _: '[' * 10**5\ndef f(a, b):\n    return 1", WRONG),
-        ("def f(:", FAILED),
+        ("def f(:", (0.0, "compile_error", [-4])),
+        ("x = '\\ud800'\0", (0.0, "compile_error", [-4])),
+        ("def f(a, b):\n    compile('1 +', 'x', 'exec')", FAILED),
     ],
 )
 async def test_a_function_is_judged_by_what_it_returns(
@@ -144,6 +151,39 @@ async def test_results_are_compared_as_json_values(slot: Slot, value: str, wante
     verdict = await judge(slot, fenced(f"def f():\n    return {value}"), ["\n"], [wanted], "f")
 
     assert (verdict.reward == 1.0) is passes
+
+
+SEARCH = """
+import ctypes, gc, os, sys
+mark = "-".join(["expected", "output", ""])
+found = [o for o in gc.get_objects() if type(o) is str and o.startswith(mark)]
+frame = sys._getframe()
+while frame:
+    found += [v for v in frame.f_locals.values() if type(v) is str and v.startswith(mark) and v is not mark]
+    frame = frame.f_back
+libc, (r, w) = ctypes.CDLL(None), os.pipe()
+libc.sbrk.restype = ctypes.c_void_p
+objects, heap = id(mark) & ~0xFFF, libc.sbrk(0) & ~0xFFF
+for start in (*range(objects - 2**25, objects + 2**25, 4096), *range(heap - 2**23, heap, 4096)):
+    if libc.write(w, ctypes.c_void_p(start), 4096) == 4096:  # what is no memory is refused
+        text = os.read(r, 4096).replace(mark.encode() + b"\\0", b"")
+        at = text.find(mark.encode())
+        if at >= 0:
+            found.append(text[at : at + 32].decode(errors="replace"))
+print(*found or ["nothing"])
+"""
+"""Looks for the expected output in every object, in every frame, in the interpreter's arenas and in the heap."""
+
+
+@session_loop
+async def test_the_expected_output_is_nowhere_in_the_programs_memory(slot: Slot) -> None:
+    expected = "expected-output-" + secrets.token_hex(8)
+
+    verdict = await judge(slot, fenced(SEARCH), ["input-1\n", "input-2\n"], [expected, expected])
+    outcome = await slot.run(Program(source=f"held = {expected!r}\n{SEARCH}".encode()))
+
+    assert said(verdict) == WRONG
+    assert expected.encode() in outcome.stdout  # where it is in memory, it is found
 
 
 @session_loop
@@ -334,9 +374,17 @@ def test_what_goes_wrong_is_an_error_of_its_kind(runner: VerifierRunner) -> None
 def test_a_lost_sandbox_is_a_sandbox_fault_and_the_next_check_gets_a_new_one(runner: VerifierRunner) -> None:
     right = check(row([""], ["1"]), fenced("print(1)"))
     answers(runner, right)
-    runner._slot._zygote._control.close()
+    zygote = psutil.Process(runner._slot._zygote.pid)
 
-    lost, judged = answers(runner, right, right)
+    def kill() -> None:
+        while len(zygote.children(recursive=True)) < 2:  # the zygote itself, and a program
+            time.sleep(0.001)
+        zygote.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    lost, judged = answers(runner, check(row([""], ["1"]), fenced("import time\ntime.sleep(60)")), right)
+    killer.join(10)
 
     assert isinstance(lost, Broken) and isinstance(lost.error(), SandboxError)
     assert isinstance(judged, Judged) and judged.verdict.reward == 1.0

@@ -259,7 +259,7 @@ async def test_a_solution_that_makes_the_tests_run_for_too_long_scores_0(slot: S
 async def test_a_failure_says_what_failed(slot: Slot) -> None:
     verdict = await humaneval(slot, fenced("def total(xs):\n    return [][5]"))
 
-    assert verdict.extra["failure_detail"] == "IndexError: list index out of range\n"
+    assert verdict.extra["failure_detail"] == "IndexError: list index out of range"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import psutil
 import pytest
 from conftest import until
 
-from gym_bus.errors import SandboxError, UsageError
+from gym_bus.errors import SandboxError, SandboxRefused, UsageError
+from gym_bus.sandbox import languages
 from gym_bus.sandbox.api import Ended, Limits, Outcome, Program
 from gym_bus.sandbox.slot import Slot
 
@@ -36,7 +37,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def need_forks(slot: Slot) -> None:
-    if slot._zygote.group is None:
+    if not slot._forks:
         pytest.skip("without a cgroup of its own a sandbox lets no program fork")
 
 
@@ -112,6 +113,11 @@ async def test_a_traceback_shows_the_program_alone(slot: Slot) -> None:
         ("x = [bytearray(2**20) for _ in range(10**6)]", {"memory_bytes": 64 * 2**20}, Ended.MEMORY),
         ("print('x' * 2**20)", {"output_bytes": 2**16}, Ended.OUTPUT_LIMIT),
         ("while True: print('x' * 1000)", {"output_bytes": 2**16}, Ended.OUTPUT_LIMIT),
+        (
+            "import os\nwhile True:\n    try: os.write(1, b'x' * 1000)\n    except OSError: pass",
+            {"output_bytes": 2**16, "wall_s": 0.2},
+            Ended.OUTPUT_LIMIT,
+        ),
         ("import os; os.abort()", {}, Ended.SIGNALLED),
         ("import ctypes; ctypes.string_at(0)", {}, Ended.SIGNALLED),
         ("def (", {}, Ended.COMPILE_ERROR),
@@ -456,9 +462,93 @@ async def test_an_unknown_language_is_a_usage_error(slot: Slot) -> None:
         await slot.run_pair(perl, perl)
 
 
-async def test_a_file_outside_the_scratch_folder_is_a_fault_of_the_setup(slot: Slot) -> None:
-    with pytest.raises(SandboxError, match="the program could not be set up"):
-        await slot.run(Program(source=b"", files={"/etc/passwd": b""}))
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "", "a//b", "."])
+async def test_a_file_outside_the_scratch_folder_is_wrong_usage(slot: Slot, name: str) -> None:
+    with pytest.raises(UsageError, match="expected a path below the program's working folder"):
+        await slot.run(Program(source=b"", files={name: b""}))
+
+
+async def test_a_program_that_cannot_be_set_up_is_an_infrastructure_fault_and_costs_the_zygote(slot: Slot) -> None:
+    before = slot._zygote.pid
+
+    with pytest.raises(SandboxError, match=r"the program could not be set up: .*File exists"):
+        await slot.run(Program(source=b"", files={"a": b"", "a/b": b""}))
+
+    assert (await run(slot, "print(1)")).stdout == b"1\n"
+    assert slot._zygote.pid != before
+
+
+async def test_a_tool_that_this_machine_lacks_is_no_fault_of_the_program(
+    slot: Slot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_forks(slot)
+    missing = languages.Language(file="main.x", build=("/usr/bin/no-such-compiler", "main.x"), command=("/tmp/main",))
+    monkeypatch.setitem(languages.COMMANDS, "cpp", missing)
+
+    with pytest.raises(SandboxRefused, match="cpp needs /usr/bin/no-such-compiler"):
+        await slot.run(Program(source=b"", language="cpp"))
+
+
+async def test_the_size_of_the_scratch_folder_is_a_limit() -> None:
+    source = """
+        import os
+        try:
+            open('f', 'wb').write(bytes(2**20))
+        except OSError as e:
+            print(e.strerror)
+        """
+    own = await Slot.start()
+    try:
+        said = [(await run(own, source, disk_bytes=size)).stdout for size in (2**16, 2**21, 0)]
+    finally:
+        await own.close()
+
+    assert said == [b"No space left on device\n", b"", b"No space left on device\n"]
+
+
+async def test_the_cpu_time_of_all_processes_together_is_limited(slot: Slot) -> None:
+    need_forks(slot)
+    source = """
+        import os, time
+        children = [os.fork() for _ in range(2)]
+        while time.process_time() < 0.15:
+            pass
+        if all(children):
+            for child in children:
+                os.waitpid(child, 0)
+            print("done")
+        """
+
+    assert (await run(slot, source, cpu_s=5.0)).ok
+    assert (await run(slot, source, cpu_s=0.3)).ended is Ended.CPU_LIMIT
+
+
+async def test_a_limit_of_less_than_a_second_of_cpu_time_holds(slot: Slot) -> None:
+    source = "import time\nwhile time.process_time() < 0.2: pass\nprint('done')"
+
+    assert (await run(slot, source, cpu_s=0.1)).ended is Ended.CPU_LIMIT
+
+
+async def test_a_program_that_is_killed_from_outside_is_an_infrastructure_fault() -> None:
+    own = await Slot.start()
+    try:
+        holder = psutil.Process(own._zygote.pid)
+        running = asyncio.ensure_future(run(own, "import time; time.sleep(60)", wall_s=60.0))
+        await until(lambda: len(holder.children(recursive=True)) == 2)
+        holder.children(recursive=True)[-1].kill()
+
+        with pytest.raises(SandboxError, match="killed from outside"):
+            await running
+        assert (await run(own, "print(1)")).stdout == b"1\n"
+    finally:
+        await own.close()
+
+
+@pytest.mark.parametrize("send", ["os.kill(os.getpid(), signal.SIGINT)", "signal.raise_signal(signal.SIGINT)"])
+async def test_an_interrupt_is_python_s_own_exception(slot: Slot, send: str) -> None:
+    source = f"import os, signal, time\ntry:\n    {send}\n    time.sleep(9)\nexcept KeyboardInterrupt:\n    print('ok')"
+
+    assert (await run(slot, source)).stdout == b"ok\n"
 
 
 async def test_a_folder_as_deep_as_the_disk_allows_is_cleaned_up(slot: Slot) -> None:

@@ -9,6 +9,8 @@ from typing import Annotated, Protocol
 import msgspec
 from msgspec import Meta
 
+from gym_bus.errors import SandboxError, SandboxRefused
+
 
 class Ended(enum.StrEnum):
     """The one cause of a program's end."""
@@ -17,14 +19,27 @@ class Ended(enum.StrEnum):
     """It exited by itself; `exit_code` says how."""
     WALL_LIMIT = "wall_limit"
     CPU_LIMIT = "cpu_limit"
+    """Of all its processes together, those that it left running included; the wall limit bounds these sooner."""
     MEMORY = "memory"
+    """Its processes together were at the limit and one was killed, or it gave up with a MemoryError."""
     OUTPUT_LIMIT = "output_limit"
+    """It wrote more to standard output than is kept, however it ended then."""
     SIGNALLED = "signalled"
-    """Killed by a signal of its own making; `signal` says which."""
+    """Killed by a signal of its own making, as a crash is; `signal` says which. A program's first process is the first
+    of its PID namespace, so a signal that it sends itself with `kill` has no effect."""
     COMPILE_ERROR = "compile_error"
     """The program's text is no valid program."""
     NOT_RUN = "not_run"
     """An earlier case of the same batch failed and the caller asked to stop there."""
+    REFUSED = "refused"
+    """It was not started: this machine's sandbox does not run it. Raised as SandboxRefused, never in an Outcome."""
+    SANDBOX_LOST = "sandbox_lost"
+    """The sandbox failed under it: nothing is known of it. Raised as SandboxError, never in an Outcome."""
+
+    @classmethod
+    def of(cls, error: SandboxError) -> Ended:
+        """What a program that ended on `error` has to show for it."""
+        return cls.REFUSED if isinstance(error, SandboxRefused) else cls.SANDBOX_LOST
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,13 +48,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     wall_s: Annotated[float, Meta(gt=0)] = 12.0
     """Wall-clock seconds per case. CPU decides 'too slow'; the wall limit catches programs that sleep."""
     cpu_s: Annotated[float, Meta(gt=0)] = 10.0
-    """CPU seconds per case."""
+    """CPU seconds per case. A process that uses up the whole seconds is killed; what they use together is counted."""
     memory_bytes: Annotated[int, Meta(gt=0)] = 512 * 2**20
     processes: Annotated[int, Meta(ge=1)] = 64
     output_bytes: Annotated[int, Meta(ge=0)] = 2**20
     """Of standard output; standard error is cut at 64 KiB."""
     disk_bytes: Annotated[int, Meta(ge=0)] = 64 * 2**20
-    """Of the private scratch folder."""
+    """Of the private scratch folder, in whole pages; another size than before takes a fresh zygote, 50 ms."""
     file_bytes: Annotated[int, Meta(ge=0)] = 64 * 2**20
     """Of any single file."""
 
@@ -85,6 +100,8 @@ class Sandbox(Protocol):
 
         Raises:
             SandboxError: the sandbox itself failed; nothing is known about the program.
+            SandboxRefused: this machine's sandbox does not run such a program; another's may.
+            UsageError: no machine's does: the language is unknown, or a file would lie outside the scratch folder.
         """
         ...
 

@@ -11,6 +11,10 @@ from pathlib import Path
 _ROOT = Path("/sys/fs/cgroup")
 _numbers = itertools.count()
 _OOM_KILLS = re.compile(rb"^oom_kill (\d+)", re.MULTILINE)
+_PEAK = "memory.max_usage_in_bytes"
+_CHARGE_BYTES = 2**21
+"""The most that the kernel charges at once: so far below its limit a group may be when the kernel finds it full."""
+_LIMIT_HITS = re.compile(rb"^max (\d+)", re.MULTILINE)
 
 HEADROOM_BYTES = 48 * 2**20
 """For the zygote itself, which lives in the same group as its programs."""
@@ -23,6 +27,7 @@ class MemoryGroup:
         self._folder, self.version = folder, version
         self._limit = 0
         self._events: int | None = None
+        self._kills = self._hits = 0
 
     @classmethod
     def create(cls) -> MemoryGroup | None:
@@ -67,17 +72,28 @@ class MemoryGroup:
                 self._write("memory.memsw.limit_in_bytes", size_bytes)
         self._limit = size_bytes
 
-    def kills(self) -> int:
-        """How many processes the kernel has killed for want of memory."""
+    def starved(self) -> bool:
+        """Whether the kernel has killed one of the group since this was asked last because it was at its limit.
+
+        Where the whole machine is out of memory the kernel kills too, which says nothing of the group.
+        """
         name = "memory.events" if self.version == 2 else "memory.oom_control"
         try:
             if self._events is None:
                 self._events = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
             text = os.pread(self._events, 4096, 0)
+            before, self._kills = self._kills, _found(_OOM_KILLS, text)
+            return self._kills > before and self._was_full(text)
         except OSError:
-            return 0
-        found = _OOM_KILLS.search(text)
-        return int(found[1]) if found else 0
+            return False
+
+    def _was_full(self, events: bytes) -> bool:
+        if self.version == 2:
+            before, self._hits = self._hits, _found(_LIMIT_HITS, events)
+            return self._hits > before
+        peak = int((self._folder / _PEAK).read_bytes())
+        self._write(_PEAK, 0)  # it starts anew
+        return peak > self._limit - _CHARGE_BYTES
 
     def remove(self) -> bool:
         """Delete the group, which must be empty; False where it is not yet."""
@@ -87,6 +103,11 @@ class MemoryGroup:
         with contextlib.suppress(OSError):
             self._folder.rmdir()
         return not self._folder.exists()
+
+
+def _found(pattern: re.Pattern[bytes], text: bytes) -> int:
+    found = pattern.search(text)
+    return int(found[1]) if found else 0
 
 
 def _sweep(parent: Path) -> None:

@@ -6,6 +6,7 @@ Python is made before the fork: every page that is first written here costs a pa
 
 from __future__ import annotations
 
+import _socket
 import _thread
 import array
 import atexit
@@ -13,23 +14,21 @@ import builtins
 import io
 import json
 import os
-import random
 import resource
 import select
 import signal
-import socket
 import struct
 import sys
-import threading
 import time
-import traceback
 import types
 from typing import Any, NoReturn
 
 from gym_bus.sandbox import landlock, root, seccomp, syscalls
 
 COMPILE_FAILED, SETUP_FAILED = 65, 66
-"""Exit codes before the program's own text runs; the zygote believes them only then."""
+"""Exit codes before the program's own text runs."""
+BEGAN, NOT_COMPILED, NOT_SET_UP = b"R", b"RC", b"E"
+"""What the pipe to the zygote holds in the end; it is closed before the program's own text runs."""
 ONE, CASES = 0, 1
 """Kinds of order: one program, one run; or one program that is run once for each message on its socket."""
 
@@ -108,7 +107,8 @@ def prepare() -> None:
     sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Stderr()), errors="backslashreplace", line_buffering=True)
     _main.__dict__.update(__builtins__=builtins, __file__="main.py")
     sys.modules["__main__"] = _main
-    sys.argv = ["main.py"]
+    sys.argv, sys.orig_argv = ["main.py"], ["main.py"]
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # or a program interrupts what it cannot kill
     for kind, value in (
         (resource.RLIMIT_NOFILE, LAST_FD),
         (resource.RLIMIT_CORE, 0),
@@ -123,11 +123,12 @@ def run(fds: list[int], ready: int, order: Order, place: Place) -> NoReturn:
 
     Args:
         fds: stdin, stdout, stderr, the packed program, and the program's socket where it has one; none below 4.
-        ready: pipe to the zygote: a byte goes in just before the program's own text runs.
+        ready: pipe to the zygote, which hears by it how far this came.
         order: kind and limits.
         place: where to run, and as whom.
     """
     try:
+        os.setsid()  # or `kill(0)` reaches the zygote, where it is of the same user
         _limit(order, place)
         if place.domain is None:
             _become_nobody(place.user)
@@ -137,13 +138,13 @@ def run(fds: list[int], ready: int, order: Order, place: Place) -> NoReturn:
         os.closerange(CONTROL + 1, ready)
         os.closerange(ready + 1, LAST_FD)
     except BaseException as e:  # whatever fails here is the sandbox's fault, and is said on the way out
-        os.write(ready, b"E" + f"{type(e).__name__}: {e}".encode(errors="replace")[:500])
+        os.write(ready, NOT_SET_UP + f"{type(e).__name__}: {e}".encode(errors="replace")[:500])
         os._exit(SETUP_FAILED)
-    code = _compiled(source) if "argv" not in header else _built(header, order)
-    os.write(ready, b"R")
+    os.write(ready, BEGAN)  # what happens from here on is the program's doing, what it does to the compiler included
+    code = _compiled(source, ready) if "argv" not in header else _built(header, order, ready)
     os.close(ready)
     if order.kind == CASES:
-        _serve_cases(code, order, header)
+        _serve_cases(code, order, header, place)
     _execute(code)
 
 
@@ -191,7 +192,7 @@ def _set_up(fds: list[int], order: Order, place: Place) -> tuple[bytes, dict[str
     else:
         os.close(CONTROL)
     os.chdir(place.scratch)
-    random.seed()
+    _reseed()
     if not order.header_size:
         return packed, {}
     return packed[: order.source_size], _unpack(packed[order.source_size :], place.scratch)
@@ -212,6 +213,12 @@ def _unpack(packed: bytes, scratch: str) -> dict[str, Any]:
     return header
 
 
+def _reseed() -> None:
+    """Where the generator is loaded already; who imports it gets a seed then."""
+    if random := sys.modules.get("random"):
+        random.seed()
+
+
 def _read(fd: int, size: int) -> bytes:
     data = os.pread(fd, size, 0)
     if len(data) != size:
@@ -219,15 +226,20 @@ def _read(fd: int, size: int) -> bytes:
     return data
 
 
-def _compiled(source: bytes) -> Any:
+def _compiled(source: bytes, ready: int) -> Any:
     try:
         return compile(source, "main.py", "exec", dont_inherit=True)
     except BaseException as e:  # null bytes, bad encodings, recursion: all the program's own doing
-        os.write(2, "".join(traceback.format_exception_only(type(e), e)).encode(errors="replace")[:4000])
-        os._exit(COMPILE_FAILED)
+        _print_error(e, None)
+        _does_not_compile(ready)
 
 
-def _built(header: dict[str, Any], order: Order) -> list[str]:
+def _does_not_compile(ready: int) -> NoReturn:
+    os.write(ready, NOT_COMPILED[len(BEGAN) :])
+    os._exit(COMPILE_FAILED)
+
+
+def _built(header: dict[str, Any], order: Order, ready: int) -> list[str]:
     """The command of a program in another language, once what has to be built is built."""
     if build := header.get("build"):
         pid = syscalls.clone()
@@ -237,12 +249,14 @@ def _built(header: dict[str, Any], order: Order) -> list[str]:
         if not _ended(pid, time.monotonic() + order.wall_s):
             os.write(2, b"the build took too long\n")
         if os.waitpid(pid, 0)[1] != 0:
-            os._exit(COMPILE_FAILED)
+            _does_not_compile(ready)
     command: list[str] = header["argv"]
     return command
 
 
 def _become(command: list[str]) -> NoReturn:
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, for itself
+        signal.signal(ignored, signal.SIG_DFL)
     try:
         os.execve(command[0], command, os.environ)
     except OSError as e:
@@ -253,21 +267,21 @@ def _become(command: list[str]) -> NoReturn:
 # -- one program, many cases ---------------------------------------------------------------------------------------
 
 
-def _serve_cases(code: Any, order: Order, header: dict[str, Any]) -> NoReturn:
+def _serve_cases(code: Any, order: Order, header: dict[str, Any], place: Place) -> NoReturn:
     """Run the program once for each message on the socket, each time in a fresh process; nothing here is its code."""
-    owner = socket.socket(fileno=CONTROL)
+    owner = _socket.socket(fileno=CONTROL)
     kept = {name.split("/")[0] for name, _ in header.get("files", ())} | set(header.get("kept", ()))
     while True:
-        data, ancillary, _, _ = owner.recvmsg(64, socket.CMSG_SPACE(CASE_FDS * 4))
+        data, ancillary, _, _ = owner.recvmsg(64, _socket.CMSG_SPACE(CASE_FDS * 4))
         if not data:
             os._exit(0)
         fds = array.array("i")
         for _level, _kind, received in ancillary:
             fds.frombytes(received)
-        owner.send(_run_case(code, list(fds), order, kept))
+        owner.send(_run_case(code, list(fds), order, kept, place))
 
 
-def _run_case(code: Any, fds: list[int], order: Order, kept: set[str]) -> bytes:
+def _run_case(code: Any, fds: list[int], order: Order, kept: set[str], place: Place) -> bytes:
     started = time.monotonic()
     pid = syscalls.clone()
     if pid == 0:
@@ -275,7 +289,8 @@ def _run_case(code: Any, fds: list[int], order: Order, kept: set[str]) -> bytes:
             os.dup2(fds[target], target)
         os.closerange(CONTROL, LAST_FD)
         try:
-            random.seed()
+            os.setsid()
+            _reseed()
             if isinstance(code, list):
                 _become(code)
             _execute(code)
@@ -288,7 +303,7 @@ def _run_case(code: Any, fds: list[int], order: Order, kept: set[str]) -> bytes:
     _kill_the_rest()
     cpu_s = usage.ru_utime + usage.ru_stime
     wall_s = time.monotonic() - started
-    clean = root.clean_scratch(kept)
+    clean = root.clean_scratch(place.scratch, kept, owned=place.user is None)
     return CASE.pack(status, timed_out, not clean, wall_s, cpu_s, usage.ru_maxrss * 1024)
 
 
@@ -325,12 +340,13 @@ def _kill_the_rest() -> None:
 def _execute(code: Any) -> NoReturn:
     status = 0
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         exec(code, _main.__dict__)
     except SystemExit as e:
         status = _exit_status(e)
     except BaseException as e:
         status = 1
-        _print_error(e)
+        _print_error(e, e.__traceback__.tb_next if e.__traceback__ else None)
     _finish(status)
 
 
@@ -346,11 +362,9 @@ def _exit_status(e: SystemExit) -> int:
     return 1
 
 
-def _print_error(e: BaseException) -> None:
+def _print_error(e: BaseException, frames: types.TracebackType | None) -> None:
     try:
-        frames = e.__traceback__.tb_next if e.__traceback__ else None
-        text = "".join(traceback.format_exception(type(e), e, frames))
-        os.write(2, text.encode(errors="replace")[-16_000:])
+        sys.excepthook(type(e), e.with_traceback(frames), frames)
     except BaseException:
         pass
 
@@ -358,8 +372,8 @@ def _print_error(e: BaseException) -> None:
 def _finish(status: int) -> NoReturn:
     """What the interpreter does at its end: other threads, exit hooks, open buffers."""
     try:
-        if _thread._count():
-            threading._shutdown()  # type: ignore[attr-defined]
+        if _thread._count() and (threading := sys.modules.get("threading")):
+            threading._shutdown()
         if atexit._ncallbacks():
             atexit._run_exitfuncs()
     except BaseException:

@@ -37,6 +37,15 @@ def version() -> int:
         return 0
 
 
+def refusal() -> int:
+    """The error number that asking for Landlock gives; 0 where there is Landlock."""
+    try:
+        syscalls.landlock_create_ruleset(b"", 1)
+    except OSError as e:
+        return e.errno or 0
+    return 0
+
+
 def ruleset(abi: int, grants: Iterable[tuple[str, int]]) -> int:
     """A descriptor for `enter`: everything is denied but the `grants`, (path, access), as far as the paths exist.
 

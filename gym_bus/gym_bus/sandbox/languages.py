@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import msgspec
@@ -22,6 +23,11 @@ class Language(msgspec.Struct, frozen=True, kw_only=True):
     """What the build makes."""
     bounded_address_space: bool = True
     """False for runtimes that reserve far more than they use: the cgroup bounds those alone."""
+
+    def missing(self) -> str:
+        """The first tool that is not on this machine; empty where all are. Without, no program would be at fault."""
+        tools = (self.build or self.command)[:1]
+        return next((tool for tool in tools if not os.access(tool, os.X_OK)), "")
 
     def header(self) -> dict[str, Any]:
         """What the program's process has to know."""

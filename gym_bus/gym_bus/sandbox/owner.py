@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -22,9 +23,10 @@ from typing import Any
 
 import msgspec
 
-from gym_bus.errors import SandboxError
+from gym_bus.errors import SandboxError, SandboxRefused
 from gym_bus.logs import get_logger
-from gym_bus.sandbox import zygote
+from gym_bus.sandbox import advice, child, zygote
+from gym_bus.sandbox.api import DEFAULT_LIMITS
 from gym_bus.sandbox.cgroups import HEADROOM_BYTES, MemoryGroup
 from gym_bus.sandbox.protections import Level
 
@@ -33,7 +35,9 @@ log = get_logger(__name__)
 START_LIMIT_S = 20.0
 GRACE_S = 5.0
 """Beyond a program's wall limit, for the zygote to kill it, clean up and answer."""
-SCRATCH_BYTES = 64 * 2**20
+LEAVE_S = 0.5
+"""For a zygote to end by itself."""
+_SCRATCH_PREFIX = "gym-bus-sandbox-"
 
 _IDS_PER_SLOT, _FIRST_ID, _IDS = 2, 0x7000_0000, 0x0800_0000
 _FEWEST_IDS = 8192
@@ -42,7 +46,7 @@ _numbers = itertools.count()
 _BOOT = "import sys; sys.path.insert(0, sys.argv[3]); from gym_bus.sandbox.zygote import main; main()"
 
 
-class LevelRefused(SandboxError):
+class LevelRefused(SandboxRefused):
     """The kernel or a container does not give what a level needs; a lower one may still be had."""
 
 
@@ -53,9 +57,12 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     """As `wait` gives it."""
     timed_out: bool = False
     began: bool = True
-    """Whether it came as far as the program's own text."""
+    """Whether it came as far as the program's own text, and to its compilation."""
+    compiled: bool = True
     fault: str = ""
     """Why it could not be set up."""
+    first: bool = False
+    """It was the first process of a PID namespace, which SIGKILL reaches only from outside."""
     starved: bool = False
     """Whether the kernel killed for want of memory."""
     dirty: bool = False
@@ -134,11 +141,12 @@ class Zygote:
         self, preload: str, modules: Sequence[str] = (), *, tools: bool = False, level: Level = Level.NAMESPACES
     ) -> None:
         self._preload, self._modules, self._tools, self.level = preload, tuple(modules), tools, level
+        self.disk_bytes = DEFAULT_LIMITS.disk_bytes
+        """Of the scratch folder of the next process that is started."""
         self._scratch = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._control: Socket | None = None
         self.group: MemoryGroup | None = None
-        self._kills = 0
         self._lost = False
         self.own_user = False
         """Whether programs run as a user of their own."""
@@ -175,8 +183,8 @@ class Zygote:
         except (OSError, SandboxError) as e:
             await self.kill()
             refused = isinstance(e, LevelRefused)
-            advice = f"; for level {self.level} {_ADVICE[self.level]}" if refused else ""
-            raise (LevelRefused if refused else SandboxError)(f"the sandbox cannot start: {e}{advice}") from None
+            mend = f"; {advice.to_get(self.level)}" if refused else ""
+            raise (LevelRefused if refused else SandboxError)(f"the sandbox cannot start: {e}{mend}") from None
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -184,7 +192,7 @@ class Zygote:
             "preload": self._preload,
             "modules": list(self._modules),
             "module_paths": sorted({_root_of(name) for name in self._modules}),
-            "disk_bytes": SCRATCH_BYTES,
+            "disk_bytes": max(mmap.PAGESIZE, self.disk_bytes),  # 0 would be no limit to the kernel
             "forks": self.group is not None,
             "tools": self._tools,
             "level": self.level,
@@ -194,8 +202,14 @@ class Zygote:
         """The user and the working folder of programs that have no namespaces."""
         if self.level is Level.NAMESPACES:
             return {}
-        user = _user_outside() if os.geteuid() == 0 else None
-        self._scratch = tempfile.mkdtemp(prefix="gym-bus-sandbox-")
+        user = _other_user()
+        if user is None and os.geteuid() == 0:
+            _refuse_root("no other user is to be had")
+        try:
+            _sweep_scratch()
+            self._scratch = tempfile.mkdtemp(prefix=f"{_SCRATCH_PREFIX}{os.getpid()}-")
+        except OSError as e:
+            raise SandboxRefused(f"{e.strerror or e}; docker run --tmpfs /tmp gives one") from None
         if user:  # the zygote lays the files, the program's user reads them
             os.chown(self._scratch, user, user + 1)
             os.chmod(self._scratch, 0o750)  # noqa: PTH101
@@ -224,9 +238,8 @@ class Zygote:
             self.group.limit(memory_bytes + HEADROOM_BYTES)
 
     def starved(self) -> bool:
-        """Whether the kernel has killed for want of memory since this was asked last."""
-        before, self._kills = self._kills, self.group.kills() if self.group else 0
-        return self._kills > before
+        """Whether the kernel has killed for want of memory below the limit since this was asked last."""
+        return self.group is not None and self.group.starved()
 
     def send(self, order: bytes, fds: Sequence[int]) -> None:
         """Have a program run; `ended` waits for its end.
@@ -262,16 +275,20 @@ class Zygote:
             if starved and isinstance(e, SandboxError):
                 return Ending(status=signal.SIGKILL, starved=True)
             raise
-        status, timed_out, began, dirty, wall_s, cpu_s, rss = zygote.REPLY.unpack_from(said)
-        if dirty:
-            log.warning("sandbox_scratch_not_clean", pid=self.pid)
+        status, timed_out, dirty, wall_s, cpu_s, rss = zygote.REPLY.unpack_from(said)
+        words, starved = said[zygote.REPLY.size :], self.starved()
+        began = words.startswith(child.BEGAN)
+        if dirty or not began:  # whatever is wrong with it, a new one has it not
+            log.warning("sandbox_replaced", pid=self.pid, dirty=bool(dirty), began=began)
             await self.kill()
         return Ending(
             status=status,
             timed_out=bool(timed_out),
-            began=bool(began),
-            fault=said[zygote.REPLY.size :].decode(errors="replace"),
-            starved=self.starved(),
+            began=began,
+            compiled=words != child.NOT_COMPILED,
+            fault="" if began else words.removeprefix(child.NOT_SET_UP).decode(errors="replace"),
+            first=self.level is Level.NAMESPACES,
+            starved=starved,
             dirty=bool(dirty),
             wall_s=wall_s,
             cpu_s=cpu_s,
@@ -285,16 +302,23 @@ class Zygote:
             self._control = None
         process, self._process = self._process, None
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await asyncio.to_thread(process.wait, 10)
+            await asyncio.to_thread(_end, process)
         scratch, self._scratch = self._scratch, ""
         if scratch:
             await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
         group, self.group = self.group, None
         if group:
             await _remove_group(group)
-        self._kills = 0
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    # Its end of the socket has closed, so it is ending what runs in it, and waits for that. Killed at once it would
+    # leave its children to the init process, and in a container that is often a worker, which waits for none of them.
+    try:
+        process.wait(LEAVE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(10)
 
 
 async def _remove_group(group: MemoryGroup) -> None:
@@ -315,7 +339,8 @@ def _launch(control: socket.socket, settings: dict[str, Any]) -> subprocess.Pope
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         pass_fds=[control.fileno()],
-        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+        # Symbols are looked up once, by the zygote, not by each program.
+        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LD_BIND_NOW": "1"},
         cwd="/",
         start_new_session=True,
     )
@@ -332,17 +357,25 @@ def _root_of(module: str) -> str:
 def _map_ids(pid: int) -> bool:
     """Give the namespace its user ids. True where programs get one of their own, False where all share ours."""
     if os.geteuid() == 0:
-        first = _FIRST_ID + _next_ids(_IDS)
         try:
+            first = free_ids()
             for name in ("uid_map", "gid_map"):
                 Path(f"/proc/{pid}/{name}").write_text(f"0 {first} {_IDS_PER_SLOT}\n")
             return True
-        except OSError:
-            log.info("sandbox_ids_shared", why="this user namespace cannot map further ids")
+        except (OSError, LevelRefused) as e:
+            _refuse_root(str(e))
+            log.info("sandbox_ids_shared", why=str(e))
     Path(f"/proc/{pid}/setgroups").write_text("deny")
-    Path(f"/proc/{pid}/uid_map").write_text(f"0 {os.geteuid()} 1\n")
-    Path(f"/proc/{pid}/gid_map").write_text(f"0 {os.getegid()} 1\n")
+    # 1, not 0, which the kernel treats as root in places even where it has no capabilities.
+    Path(f"/proc/{pid}/uid_map").write_text(f"1 {os.geteuid()} 1\n")
+    Path(f"/proc/{pid}/gid_map").write_text(f"1 {os.getegid()} 1\n")
     return False
+
+
+def _refuse_root(why: str) -> None:
+    """Raise LevelRefused where the user 0 is no other outside: limits do not hold for the machine's root."""
+    if Path("/proc/self/uid_map").read_text().split()[:2] == ["0", "0"]:
+        raise LevelRefused(f"programs would run as the machine's root: {why}")
 
 
 def _next_ids(count: int) -> int:
@@ -350,7 +383,7 @@ def _next_ids(count: int) -> int:
     return (os.getpid() * 64 + next(_numbers)) * _IDS_PER_SLOT % count
 
 
-def _user_outside() -> int:
+def free_ids() -> int:
     """An id for the zygote, its programs' behind it, that nothing else is. Raises LevelRefused where there is none."""
     ranges = [[int(word) for word in line.split()] for line in Path("/proc/self/uid_map").read_text().splitlines()]
     if any(start <= _FIRST_ID and start + count >= _FIRST_ID + _IDS for start, _, count in ranges):
@@ -361,17 +394,17 @@ def _user_outside() -> int:
     return start + count // 2 + _next_ids(count // 2 - _IDS_PER_SLOT)  # accounts are at the lower end
 
 
-_ADVICE = {
-    Level.NAMESPACES: (
-        "the kernel must allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces "
-        "> 0, and on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0); in a container, its seccomp and AppArmor "
-        "profiles must allow unshare and mount (docker run --security-opt seccomp=unconfined --security-opt "
-        "apparmor=unconfined, or a profile that adds them)"
-    ),
-    Level.LANDLOCK: (
-        "the kernel must have Landlock (Linux 5.13 for root, 6.12 for other users, with landlock in the list of the "
-        "boot parameter lsm=); a container must allow the landlock_* calls, and give root the capabilities SETUID, "
-        "SETGID, KILL and CHOWN; the interpreter must be readable to every user (not below a closed /root)"
-    ),
-}
-"""What would mend a refusal."""
+def _other_user() -> int | None:
+    """Who a zygote without namespaces is to be, its programs behind it; None where it can be nobody else."""
+    if not advice.missing_capabilities():
+        with contextlib.suppress(LevelRefused):
+            return free_ids()
+    return None
+
+
+def _sweep_scratch() -> None:
+    """Remove the folders of owners that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH_PREFIX}*"):
+        owner = folder.name.removeprefix(_SCRATCH_PREFIX).partition("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(folder, ignore_errors=True)

@@ -87,9 +87,14 @@ def host_links(*, tools: bool) -> dict[str, str]:
     return {path: os.readlink(path) for path in paths if os.path.islink(path)}
 
 
-def clean_scratch(kept: frozenset[str] | set[str] = frozenset(), folder: str = SCRATCH) -> bool:
-    """Empty the scratch folder, what is `kept` aside; False where something resists: it must not be used again."""
+def clean_scratch(folder: str, kept: frozenset[str] | set[str] = frozenset(), *, owned: bool) -> bool:
+    """Empty the scratch folder, what is `kept` aside; False where something resists: it must not be used again.
+
+    `owned`: the folder itself is the program's user's, who may have closed it or written on it.
+    """
     try:
+        if owned:
+            _restore(folder)
         entries = os.listdir(folder)
         if not kept.issuperset(entries):
             _empty(folder, kept)
@@ -97,6 +102,13 @@ def clean_scratch(kept: frozenset[str] | set[str] = frozenset(), folder: str = S
         return kept.issuperset(entries)
     except OSError:
         return False
+
+
+def _restore(folder: str) -> None:
+    os.chmod(folder, 0o1777)
+    for name in os.listxattr(folder):
+        os.removexattr(folder, name)
+    os.utime(folder, (0, 0))
 
 
 def _empty(path: str, kept: frozenset[str] | set[str]) -> None:

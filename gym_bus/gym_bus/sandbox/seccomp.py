@@ -31,6 +31,7 @@ _NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _X32 = 0x40000000
 _SECCOMP_MODE_FILTER = 2
+_AF_UNIX = 1
 _DATAGRAM = 2
 """The bit that the types of sockets without a connection share."""
 
@@ -60,12 +61,11 @@ def build(*, forks: bool, apart: bool = True) -> bytes:
     code += _op(_LD, _NR)
     if at == 0:  # the x32 numbers would walk around every rule below
         code += _op(_JGE, _X32, 0, 1) + _op(_RET, _ERRNO | errno.ENOSYS)
-    special = {"clone", "ioctl", "prlimit64"}
+    special = {"clone", "ioctl", "prlimit64", "socketpair"}
     refused = {} if forks else {"memfd_create": errno.EPERM, "fork": errno.EAGAIN, "vfork": errno.EAGAIN}
     if not apart:
         refused |= dict.fromkeys(UNSCOPED, errno.EPERM)
-        special.add("socketpair")
-        code += _socketpair_rule(number["socketpair"] or 0) + _answer(syscalls.LANDLOCK_RESTRICT_SELF, _ALLOW)
+        code += _answer(syscalls.LANDLOCK_RESTRICT_SELF, _ALLOW)
     for name, answer in refused.items():
         code += _answer(number[name], _ERRNO | answer)
     special |= refused.keys()
@@ -73,6 +73,7 @@ def build(*, forks: bool, apart: bool = True) -> bytes:
         code += _answer(number[name], _ALLOW)
     code += _clone_rule(number["clone"] or 0, forks=forks or not apart)
     code += _ioctl_rule(number["ioctl"] or 0) + _prlimit_rule(number["prlimit64"] or 0)
+    code += _socketpair_rule(number["socketpair"] or 0, datagrams=apart)
     for numbers in REFUSED.values():
         code += _answer(numbers[at], _ERRNO | errno.EPERM)
     return code + _op(_RET, _ERRNO | errno.ENOSYS)
@@ -104,9 +105,15 @@ def _ioctl_rule(number: int) -> bytes:
     return _rule(number, body + _op(_RET, _ERRNO | errno.EPERM) + _op(_RET, _ALLOW))
 
 
-def _socketpair_rule(number: int) -> bytes:
-    """Connected pairs only: a datagram socket reaches any socket that has a path on the host."""
-    body = _op(_LD, _ARG1) + _op(_JSET, _DATAGRAM, 0, 1) + _op(_RET, _ERRNO | errno.EPERM)
+def _socketpair_rule(number: int, *, datagrams: bool) -> bytes:
+    """Unix sockets alone: any other family would have the kernel load and run its code.
+
+    And connected ones, unless there are `datagrams`: such a socket reaches any that has a path in the file tree.
+    """
+    refuse = _op(_RET, _ERRNO | errno.EPERM)
+    body = _op(_LD, _ARG0) + _op(_JEQ, _AF_UNIX, 1, 0) + refuse
+    if not datagrams:
+        body += _op(_LD, _ARG1) + _op(_JSET, _DATAGRAM, 0, 1) + refuse
     return _rule(number, body + _op(_RET, _ALLOW))
 
 

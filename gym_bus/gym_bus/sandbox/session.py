@@ -18,6 +18,7 @@ import msgspec
 from gym_bus.errors import SandboxError
 from gym_bus.sandbox import session_side
 from gym_bus.sandbox.api import Ended, Limits, Outcome, Program
+from gym_bus.sandbox.protections import Level
 from gym_bus.sandbox.slot import Capture, Slot, memfd
 
 DEFAULT_SESSION_LIMITS = Limits(wall_s=24 * 3600.0, cpu_s=600.0, output_bytes=0)
@@ -80,13 +81,14 @@ class Session:
         self._lock = asyncio.Lock()
 
     @classmethod
-    async def start(cls, limits: Limits = DEFAULT_SESSION_LIMITS) -> Session:
+    async def start(cls, limits: Limits = DEFAULT_SESSION_LIMITS, *, least: Level = Level.NAMESPACES) -> Session:
         """A session that is ready; takes a twentieth of a second and about 10 MB.
 
         Raises:
-            SandboxError: this machine does not give the isolation, or the sandbox failed.
+            SandboxRefused: this machine does not give the level `least`.
+            SandboxError: the sandbox failed.
         """
-        slot = await Slot.start(modules=[_MODULE])
+        slot = await Slot.start(modules=[_MODULE], least=least)
         try:
             return cls(slot, limits)
         except OSError as e:  # no descriptor is left

@@ -12,9 +12,9 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 
-from gym_bus.errors import SandboxError, UsageError
+from gym_bus.errors import SandboxError, SandboxRefused, UsageError
 from gym_bus.logs import get_logger
-from gym_bus.sandbox import child, languages, zygote
+from gym_bus.sandbox import child, landlock, languages, zygote
 from gym_bus.sandbox.api import DEFAULT_LIMITS, Ended, Limits, Outcome, Program
 from gym_bus.sandbox.owner import GRACE_S, Ending, LevelRefused, Socket, Zygote
 from gym_bus.sandbox.protections import Facts, Level, Protection, describe
@@ -24,8 +24,9 @@ log = get_logger(__name__)
 STDERR_BYTES = 64 * 1024
 ADDRESS_FACTOR, ADDRESS_BASE = 2, 256 * 2**20
 """Address space is a second line behind the cgroup: interpreters reserve more than they use."""
-CPU_TICK_SHARE = 0.8
-"""The kernel counts a limit in ticks: a program that it killed may have used a little less by its own finer account."""
+CPU_TICK_SHARE = 0.5
+"""The kernel counts a limit in ticks: on a busy virtual machine a program that it killed has used as much as a quarter
+less by its own finer account."""
 
 _ADD_SEALS, _SEAL_SHRINK, _SEAL_GROW, _SEAL_SEAL = 1033, 2, 4, 1
 
@@ -106,6 +107,8 @@ class Slot:
         self._tools: Zygote | None = None
         self._lock = asyncio.Lock()
         self._facts = Facts(level=Level.NAMESPACES, own_user=False, memory_group=0)
+        self.lowered = ""
+        """Why it has not the highest level, and what would mend it; empty where it has."""
 
     @classmethod
     async def start(
@@ -119,7 +122,8 @@ class Slot:
             least: the lowest level that will do where the machine does not give the highest.
 
         Raises:
-            SandboxError: this machine does not give `least`; the message says what failed and what would mend it.
+            SandboxRefused: this machine does not give `least`; the message says what failed and what would mend it.
+            SandboxError: it does not start for another reason.
         """
         slot = cls(preload, modules)
         try:
@@ -144,19 +148,23 @@ class Slot:
         try:
             return await self._ready(self._zygote)
         except LevelRefused as e:
-            if not Level.LANDLOCK.reaches(least):
-                raise SandboxError(f"{e}; or settle for less with verifier.sandbox_level={Level.LANDLOCK}") from None
-            refused = str(e)
-        log.info("sandbox_level_lowered", level=Level.LANDLOCK, why=refused)
+            self.lowered = str(e)
+        if not Level.LANDLOCK.reaches(least):
+            less = f"; or settle for less: verifier.sandbox_level={Level.LANDLOCK}, --least {Level.LANDLOCK}"
+            raise SandboxRefused(self.lowered + (less if landlock.version() else ""))
         self._zygote.level = Level.LANDLOCK
         try:
-            return await self._ready(self._zygote)
+            await self._ready(self._zygote)
         except LevelRefused as e:
-            raise SandboxError(f"{refused}. And {e}") from None
+            raise SandboxRefused(f"{self.lowered}. And {e}") from None
+        log.info("sandbox_level_lowered", level=Level.LANDLOCK, why=self.lowered)
+        return self._zygote
 
-    async def _ready(self, zygote: Zygote) -> Zygote:
-        if not zygote.alive:
+    async def _ready(self, zygote: Zygote, limits: Limits = DEFAULT_LIMITS) -> Zygote:
+        """Have it run; another size of the scratch folder takes another process."""
+        if not zygote.alive or zygote.disk_bytes != limits.disk_bytes:
             await zygote.kill()
+            zygote.disk_bytes = limits.disk_bytes
             await zygote.start()
         return zygote
 
@@ -169,19 +177,19 @@ class Slot:
             said = (outcome.stdout + outcome.stderr).decode(errors="replace")[-500:]
             raise SandboxError(f"the sandbox does not hold on this machine: {said or outcome}")
 
-    async def _zygote_for(self, language: languages.Language | None) -> Zygote:
+    async def _zygote_for(self, language: languages.Language | None, limits: Limits) -> Zygote:
         if language is None:
-            return await self._ready(self._zygote)
+            return await self._ready(self._zygote, limits)
         if self._tools is None:
             self._tools = Zygote("", tools=True)
-        return await self._ready(self._tools)
+        return await self._ready(self._tools, limits)
 
     async def run(self, program: Program, stdin: bytes = b"", limits: Limits = DEFAULT_LIMITS) -> Outcome:
         """Run `program` once; see `Sandbox.run`."""
         if language := self._language(program):
             return (await self._run_cases(program, language, [stdin], limits, None))[0]
         async with self._lock:
-            return await self._run(await self._ready(self._zygote), program, stdin, limits)
+            return await self._run(await self._ready(self._zygote, limits), program, stdin, limits)
 
     async def run_cases(
         self,
@@ -214,11 +222,18 @@ class Slot:
 
     def _language(self, program: Program) -> languages.Language | None:
         language = languages.find(program.language)
-        if language is not None and not self._forks:
-            raise UsageError(
+        for name in program.files:
+            if name.startswith("/") or not set(name.split("/")).isdisjoint({"", ".", ".."}):
+                raise UsageError(f"file {name!r}: expected a path below the program's working folder")
+        if language is None:
+            return None
+        if not self._forks:
+            raise SandboxRefused(
                 f"this machine's sandbox runs Python only, not {program.language}: that needs level "
                 f"{Level.NAMESPACES} and a memory cgroup; see gym-bus sandbox doctor"
             )
+        if missing := language.missing():
+            raise SandboxRefused(f"{program.language} needs {missing}, which is not on this machine: install it")
         return language
 
     @property
@@ -238,7 +253,7 @@ class Slot:
         async with self._lock:
             more = True
             while more and len(outcomes) < len(stdins):  # again after a case that took the program's process with it
-                batch = _Batch(await self._zygote_for(language), program, language, limits)
+                batch = _Batch(await self._zygote_for(language, limits), program, language, limits)
                 more = await batch.run(stdins, outcomes, go_on)
         return outcomes + [Outcome(ended=Ended.NOT_RUN)] * (len(stdins) - len(outcomes))
 
@@ -252,7 +267,7 @@ class Slot:
         async with self._lock:
             if self._partner is None:
                 self._partner = Zygote(self._preload, self._modules, level=self.level)
-            first, second = await self._ready(self._zygote), await self._ready(self._partner)
+            first, second = await self._ready(self._zygote, limits), await self._ready(self._partner, limits)
             a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             outcomes = await asyncio.gather(
                 self._run(first, solution, b"", limits, a.detach()),
@@ -287,7 +302,7 @@ class Slot:
             SandboxError: the sandbox itself failed.
         """
         async with self._lock:
-            return await self._run(await self._ready(self._zygote), program, b"", limits, end.detach())
+            return await self._run(await self._ready(self._zygote, limits), program, b"", limits, end.detach())
 
     async def close(self) -> None:
         """End the zygotes."""
@@ -394,8 +409,10 @@ def _outcome(ending: Ending, limits: Limits, streams: _Streams) -> Outcome:
     cause = _cause(ending, limits, code, killed_by)
     stdout, cut = streams.out.read()
     stderr, _ = streams.err.read()
-    if cause is None:
-        cause = _own_end(code, killed_by, cut, stderr)
+    if cut and cause in (None, Ended.WALL_LIMIT, Ended.CPU_LIMIT):  # it came to that limit first
+        cause = Ended.OUTPUT_LIMIT
+    elif cause is None:
+        cause = _own_end(code, killed_by, stderr)
     return Outcome(
         ended=cause,
         exit_code=code,
@@ -412,21 +429,28 @@ def _cause(ending: Ending, limits: Limits, code: int | None, killed_by: int | No
     """What ended the program from outside; None where it ended by itself. Raises SandboxError where it never began."""
     if ending.starved:
         return Ended.MEMORY
+    if not ending.began:
+        why = ending.fault or f"it ended before it began ({'exit ' + str(code) if code is not None else killed_by})"
+        raise SandboxError(f"the program could not be set up: {why}")
     if killed_by in (signal.SIGKILL, signal.SIGXCPU) and ending.cpu_s >= CPU_TICK_SHARE * limits.cpu_s:
         return Ended.WALL_LIMIT if ending.timed_out else Ended.CPU_LIMIT
     if ending.timed_out:
         return Ended.WALL_LIMIT
-    if ending.began:
-        return None
-    if code == child.COMPILE_FAILED:
+    if not ending.compiled:
         return Ended.COMPILE_ERROR
-    why = ending.fault or f"it ended before it began ({'exit ' + str(code) if code is not None else killed_by})"
-    raise SandboxError(f"the program could not be set up: {why}")
+    if ending.first and killed_by == signal.SIGKILL:
+        _check_killer(ending, limits)
+        return Ended.CPU_LIMIT
+    return Ended.CPU_LIMIT if ending.cpu_s > limits.cpu_s else None
 
 
-def _own_end(code: int | None, killed_by: int | None, cut: bool, stderr: bytes) -> Ended:
-    if cut:
-        return Ended.OUTPUT_LIMIT
+def _check_killer(ending: Ending, limits: Limits) -> None:
+    """Raise SandboxError where the kernel cannot have killed for CPU time, by its coarse account, so early."""
+    if ending.wall_s * (os.cpu_count() or 1) < CPU_TICK_SHARE * limits.cpu_s:
+        raise SandboxError("the program was killed from outside, by the machine's own lack of memory or by hand")
+
+
+def _own_end(code: int | None, killed_by: int | None, stderr: bytes) -> Ended:
     if killed_by is not None:
         return Ended.SIGNALLED
     last = stderr.rstrip().rpartition(b"\n")[2]

@@ -335,5 +335,9 @@ UNSCOPED = (
     *("chmod", "fchmod", "fchmodat", "chown", "fchown", "lchown", "fchownat", "truncate"),
     *("utime", "utimes", "utimensat", "futimesat", "inotify_add_watch", "setpriority", "sync", "syncfs"),
     *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr"),
+    *("getxattr", "lgetxattr", "listxattr", "llistxattr"),
 )
-"""Of the allowed, those that Landlock lets through to whatever the user owns: refused where it is all there is."""
+"""Of the allowed, those that Landlock lets through to the host's files: refused where it is all there is.
+
+`stat`, `access`, `readlink` and `chdir` are let through too and cannot be refused: an import needs them.
+"""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import signal
 
 CLONE_NEWNS = 0x00020000
@@ -27,7 +26,7 @@ PR_SET_KEEPCAPS = 8
 CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SYS_ADMIN = 1, 3, 5, 6, 7, 21
 LAST_CAP = 40
 
-MACHINE = platform.machine()
+MACHINE = os.uname().machine
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _CAPSET = {"x86_64": 126, "aarch64": 91}

@@ -6,13 +6,13 @@ that the next is forked from. Standard library only: started by path as a plain 
 
 from __future__ import annotations
 
+import _socket
 import array
 import contextlib
 import json
 import os
 import select
 import signal
-import socket
 import struct
 import sys
 import time
@@ -20,12 +20,8 @@ from typing import Any, NoReturn
 
 from gym_bus.sandbox import child, landlock, root, seccomp, syscalls
 
-PRELOAD = (
-    "abc array ast atexit base64 bisect builtins cmath codecs collections collections.abc contextlib copy csv "
-    "dataclasses datetime decimal enum fractions functools hashlib heapq io inspect itertools json keyword linecache "
-    "locale math numbers operator queue random re reprlib secrets statistics string struct sys textwrap threading "
-    "time tokenize traceback types typing unicodedata uuid weakref zlib"
-)
+PRELOAD = "array bisect collections collections.abc copy functools heapq itertools json math operator re string typing"
+"""What most programs import. Each more costs every program: a fork copies its memory map, a megabyte takes 50 µs."""
 _NAMESPACES = (
     syscalls.CLONE_NEWUSER
     | syscalls.CLONE_NEWNS
@@ -54,7 +50,7 @@ def main() -> NoReturn:
     """Start as `python -I -S -E -c ... CONTROL_FD CONFIG`: lock in, say so, serve until the owner is gone."""
     os.dup2(int(sys.argv[1]), child.CONTROL)
     os.closerange(child.CONTROL + 1, 256)
-    control = socket.socket(fileno=child.CONTROL)
+    control = _socket.socket(fileno=child.CONTROL)
     config = json.loads(sys.argv[2])
     try:
         _load(config)
@@ -64,7 +60,7 @@ def main() -> NoReturn:
     try:
         place = _namespaces(control, config) if config["level"] == "namespaces" else _landlock(config)
     except OSError as e:
-        _say(control, {"error": str(e), "refused": True})
+        _say(control, {"error": e.strerror or str(e), "refused": True})
         os._exit(1)
     _say(control, {"ready": True, "landlock": place.landlock})
     _serve(control, place)
@@ -79,7 +75,7 @@ def _load(config: dict[str, Any]) -> None:
     sys.path[:] = [path for path in sys.path if path not in hidden]
 
 
-def _namespaces(control: socket.socket, config: dict[str, Any]) -> child.Place:
+def _namespaces(control: _socket.socket, config: dict[str, Any]) -> child.Place:
     """Go into namespaces and a file tree of our own. Returns in the first process of the PID namespace only."""
     links = root.host_links(tools=config["tools"])
     syscalls.unshare(_NAMESPACES)
@@ -87,8 +83,8 @@ def _namespaces(control: socket.socket, config: dict[str, Any]) -> child.Place:
     ids = _wait_for_ids(control)
     if ids:
         os.setgroups([])
-    os.setresgid(0, 0, 0)
-    os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
     root.build(sources, links, config["disk_bytes"])
     for fd in sources.values():
         os.close(fd)
@@ -147,12 +143,12 @@ def _change_user(user: int | None) -> None:
 
 
 def _preload(names: str) -> None:
-    for name in names.split():
+    for name in ("_ast", *names.split()):  # the types that `compile` would make in every program
         with contextlib.suppress(ImportError):  # an interpreter built without it: programs find out themselves
             __import__(name)
 
 
-def _wait_for_ids(control: socket.socket) -> bool:
+def _wait_for_ids(control: _socket.socket) -> bool:
     """Have the owner write the id maps; whether programs get a user of their own."""
     _say(control, {"unshared": os.getpid()})
     reply = json.loads(control.recv(MAX_MESSAGE) or b"{}")
@@ -175,24 +171,24 @@ def _lock_in(scratch: str, code: bytes) -> None:
     gc.freeze()
 
 
-def _say(control: socket.socket, value: dict[str, Any]) -> None:
+def _say(control: _socket.socket, value: dict[str, Any]) -> None:
     control.send(json.dumps(value).encode())
 
 
-REPLY = struct.Struct("<iBBBddQ")
-"""Wait status, timed out, began, scratch folder not clean, wall_s, cpu_s, largest resident set in bytes; then words."""
+REPLY = struct.Struct("<iBBddQ")
+"""Wait status, timed out, scratch folder not clean, wall_s, cpu_s, largest resident set in bytes; then what it said."""
 
 
-def _serve(control: socket.socket, place: child.Place) -> NoReturn:
+def _serve(control: _socket.socket, place: child.Place) -> NoReturn:
     poll = select.poll()
     poll.register(control.fileno(), select.POLLRDHUP)
     while True:
-        message, ancillary, _, _ = control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(MOST_FDS * 4))
+        message, ancillary, _, _ = control.recvmsg(MAX_MESSAGE, _socket.CMSG_SPACE(MOST_FDS * 4))
         if not message:
             os._exit(0)  # the owner is gone
         fds = array.array("i")
         for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
                 fds.frombytes(data)
         control.send(_run(list(fds), child.Order(message), poll, place))
 
@@ -217,9 +213,13 @@ def _run(fds: list[int], order: child.Order, poll: select.poll, place: child.Pla
     os.close(ready)
     cpu_s = usage.ru_utime + usage.ru_stime
     wall_s = time.monotonic() - started
-    clean = root.clean_scratch(folder=place.scratch)
-    began = said[:1] == b"R"
-    return REPLY.pack(status, timed_out, began, not clean, wall_s, cpu_s, usage.ru_maxrss * 1024) + said[1:]
+    clean = _clean(place)
+    return REPLY.pack(status, timed_out, not clean, wall_s, cpu_s, usage.ru_maxrss * 1024) + said
+
+
+def _clean(place: child.Place) -> bool:
+    # Under Landlock programs change nothing of the folder: only the files that were laid for them are to go.
+    return root.clean_scratch(place.scratch, owned=place.user is None and place.domain is None)
 
 
 def _wait(pid: int, deadline: float | None, poll: select.poll, place: child.Place) -> bool:
@@ -234,7 +234,7 @@ def _wait(pid: int, deadline: float | None, poll: select.poll, place: child.Plac
         os.kill(pid, signal.SIGKILL)
         if events:  # the owner is gone
             os.waitpid(pid, 0)
-            root.clean_scratch(folder=place.scratch)
+            _clean(place)
             os._exit(0)
         return True
     finally:

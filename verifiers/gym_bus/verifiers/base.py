@@ -9,8 +9,9 @@ import msgspec
 
 from gym_bus.messages import Verdict
 from gym_bus.sandbox.api import Sandbox
+from gym_bus.sandbox.protections import Level
 
-__all__ = ["AnyVerifier", "Placement", "SandboxedVerifier", "Task", "Verdict", "Verifier"]
+__all__ = ["AnyVerifier", "Level", "Placement", "SandboxedVerifier", "Task", "Verdict", "Verifier"]
 
 
 class Placement(enum.StrEnum):
@@ -52,7 +53,16 @@ class Verifier(Protocol):
 
 @runtime_checkable
 class SandboxedVerifier(Protocol):
-    """A verifier that runs model-written code. Expected outputs never enter the sandbox."""
+    """A verifier that runs model-written code. Expected outputs never enter the sandbox.
+
+    One that needs more isolation than its workers may settle for (`verifier.sandbox_level`) says so:
+
+        sandbox_level: ClassVar[Level] = Level.NAMESPACES
+
+    One whose programs together may take longer than `verifier.limit_s` says how long, by their own limits:
+
+        def longest_s(self, task: Task) -> float: ...
+    """
 
     placement: ClassVar[Placement]
     required: ClassVar[tuple[str, ...]]
@@ -68,3 +78,9 @@ class SandboxedVerifier(Protocol):
 
 
 AnyVerifier = Verifier | SandboxedVerifier
+
+
+def demanded_level(verifier: AnyVerifier | type[AnyVerifier], setting: str) -> Level:
+    """The lowest level that will do for a sandboxed verifier: its own demand or the worker's, whichever is higher."""
+    floor, own = Level(setting), getattr(verifier, "sandbox_level", None)
+    return floor if own is None or floor.reaches(own) else Level(own)

@@ -6,21 +6,24 @@ Ray actors and local child processes differ in how a batch reaches them; everyth
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
+
+import msgspec
 
 from gym_bus.errors import SandboxError
 from gym_bus.logs import get_logger
 from gym_bus.messages import Verdict
 from gym_bus.settings import VerifierConfig
-from gym_bus.verifiers.runner import Answer, Broken, Check, Judged, decode_answers, encode_checks
+from gym_bus.verifiers.runner import Answer, Batch, Broken, Check, Judged, decode_answers, encode_checks, longest_s
 
 log = get_logger(__name__)
 
 BATCH_BYTES = 4 * 2**20
-START_LIMIT_S = 60.0
+START_LIMIT_S = 120.0
+FIRST_WAIT_S, MOST_WAIT_S = 1.0, 30.0
+"""Between starts of a worker that fail; doubled with each."""
 
 
 class WorkerLost(Exception):
@@ -37,6 +40,10 @@ class PoolWorker(Protocol):
             WorkerLost: it died.
             TimeoutError: it did not answer; it must be killed.
         """
+        ...
+
+    async def close(self) -> None:
+        """End it, when it is idle: its sandbox is cleaned up."""
         ...
 
     async def kill(self) -> None:
@@ -56,19 +63,26 @@ class _Waiting:
 
 
 class BatchingPool:
-    """Runs checks on `workers` processes, up to `config.batch` per call."""
+    """Runs checks on `places` worker processes, up to `config.batch` per call.
 
-    def __init__(self, config: VerifierConfig, workers: int, start: Callable[[], Awaitable[PoolWorker]]) -> None:
+    A place starts its worker when there is work, and gives it up when it is lost, worn or when the pool closes.
+    """
+
+    def __init__(self, config: VerifierConfig, places: int, start: Callable[[], Awaitable[PoolWorker]]) -> None:
         self._config, self._start = config, start
         self._queue: deque[_Waiting] = deque()
-        self._served: dict[int, int] = {}
         self._arrived = asyncio.Event()
-        self._tasks = [asyncio.create_task(self._serve(), name=f"pool worker {i}") for i in range(workers)]
         self._closed = False
+        self._serving = 0
+        self._failed_starts = 0
+        self._recycling: int | None = None
         self.replaced = 0
-        """Workers that had to be replaced."""
+        """Workers that were lost and had to be replaced."""
         self.recycled = 0
         """Workers that were replaced because they had served long enough or had grown."""
+        self._tasks = [asyncio.create_task(self._serve(place), name=f"pool worker {place}") for place in range(places)]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
 
     async def verify(self, check: Check, *, sandboxed: bool) -> Verdict:
         """Judge one attempt.
@@ -91,10 +105,11 @@ class BatchingPool:
         return await waiting.future
 
     def _take(self) -> list[_Waiting]:
+        """The next batch: checks of one kind, since their limits differ; a suspect one alone."""
         batch: list[_Waiting] = []
         size = 0
         while self._queue and len(batch) < self._config.batch and size < BATCH_BYTES:
-            if self._queue[0].suspect and batch:
+            if batch and (self._queue[0].suspect or self._queue[0].sandboxed != batch[0].sandboxed):
                 break
             waiting = self._queue.popleft()
             if waiting.future.done():  # cancelled by its caller
@@ -105,55 +120,97 @@ class BatchingPool:
                 break
         return batch
 
-    async def _serve(self) -> None:
+    async def _work(self) -> None:
+        while not self._queue:
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    async def _serve(self, place: int) -> None:
         worker: PoolWorker | None = None
+        served = 0
         try:
             while True:
+                await self._work()
+                if worker is None:
+                    worker, served = await self._started(place), 0
+                    continue  # while it started, others may have done the work
                 batch = self._take()
-                if not batch:
-                    self._arrived.clear()
-                    if not self._queue:
-                        await self._arrived.wait()
-                    continue
-                worker = await self._serve_batch(worker, batch)
+                done = await self._judged(worker, batch) if batch else None
+                served += len(batch)
+                if batch and done is None:
+                    self._serving -= 1
+                    self.replaced += 1
+                    lost, worker = worker, None
+                    await lost.kill()
+                elif done is not None and self._worn(served, done.rss_bytes) and self._recycling is None:
+                    self._recycling = place  # one at a time: the others go on
+                    self._serving -= 1
+                    self.recycled += 1
+                    worn, worker = worker, None
+                    await worn.close()
         finally:
             if worker is not None:
-                await worker.kill()
+                await worker.close()
 
-    async def _serve_batch(self, worker: PoolWorker | None, batch: list[_Waiting]) -> PoolWorker | None:
+    async def _started(self, place: int) -> PoolWorker | None:
+        """A worker for the place; None, after a wait, where there is none to be had."""
+        before = self._failed_starts
         try:
-            if worker is None:
-                worker = await asyncio.wait_for(self._start(), START_LIMIT_S)
-        except (SandboxError, OSError, TimeoutError) as e:
-            self._again(batch, f"a pool worker did not start: {e or type(e).__name__}")
+            worker = await asyncio.wait_for(self._start(), START_LIMIT_S)
+        except (SandboxError, WorkerLost, OSError, TimeoutError) as e:
+            if self._failed_starts == before:  # else another place has failed meanwhile, and has said so
+                self._failed_starts += 1
+                self._not_started(str(e) or f"no answer within {START_LIMIT_S:g} s")
+            await asyncio.sleep(min(FIRST_WAIT_S * 2 ** max(0, self._failed_starts - 1), MOST_WAIT_S))
             return None
-        # One endless check must not hold up its batch for long; sandboxed ones may each use their time.
-        limit_s = self._config.limit_s * (1 + sum(w.sandboxed for w in batch))
+        finally:
+            if self._recycling == place:
+                self._recycling = None
+        self._failed_starts = 0
+        self._serving += 1
+        return worker
+
+    def _not_started(self, why: str) -> None:
+        """While others serve, the work is theirs. Else it must not wait for ever for a pool that does not come up."""
+        log.warning("pool_worker_not_started", serving=self._serving, why=why)
+        if not self._serving:
+            self._again(self._taken_all(), f"a pool worker did not start: {why}", suspect=False)
+
+    def _taken_all(self) -> list[_Waiting]:
+        everything = list(self._queue)
+        self._queue.clear()
+        return everything
+
+    async def _judged(self, worker: PoolWorker, batch: list[_Waiting]) -> Batch | None:
+        """Have a batch judged; None where the worker is lost."""
+        limit_s = self._limit_s(batch)
         try:
             done = decode_answers(await worker.run(encode_checks([w.check for w in batch]), limit_s))
-        except TimeoutError:
-            self._timed_out(batch, limit_s)
-        except WorkerLost as e:
-            self._again(batch, f"a pool worker died under the check: {e}")
-        except asyncio.CancelledError:
-            await worker.kill()
-            self._again(batch, "the pool was closed")
-            raise
-        else:
             for waiting, answer in zip(batch, done.answers, strict=True):
                 self._settle(waiting, answer)
-            if not self._worn(worker, len(batch), done.rss_bytes):
-                return worker
-            self.recycled += 1
-            self.replaced -= 1
-        self._served.pop(id(worker), None)
-        self.replaced += 1
-        await worker.kill()
-        return None
+        except TimeoutError:
+            self._timed_out(batch, limit_s)
+            return None
+        except (WorkerLost, msgspec.DecodeError) as e:
+            log.warning("pool_worker_lost", checks=len(batch), why=str(e))
+            self._again(batch, f"a pool worker died under the check: {e}")
+            return None
+        except BaseException as e:  # the pool closes, or this is a fault of ours: no check may be left without an end
+            self._again(batch, "the pool was closed" if self._closed else repr(e))
+            await worker.kill()
+            raise
+        return done
 
-    def _worn(self, worker: PoolWorker, checks: int, rss_bytes: int) -> bool:
+    def _limit_s(self, batch: list[_Waiting]) -> float:
+        """One endless check must not hold up its batch for long; sandboxed ones may each use their time.
+
+        One that could not be judged by then, alone or in company, gets all that its programs' own limits allow.
+        """
+        limit_s = self._config.limit_s * (1 + sum(waiting.sandboxed for waiting in batch))
+        return limit_s + (longest_s(batch[0].check) if batch[0].sandboxed and batch[0].suspect else 0.0)
+
+    def _worn(self, served: int, rss_bytes: int) -> bool:
         """Whether a worker has done enough, or has grown too large, and makes room for a fresh one."""
-        served = self._served[id(worker)] = self._served.get(id(worker), 0) + checks
         return served >= self._config.recycle_after or rss_bytes > self._config.recycle_bytes
 
     def _settle(self, waiting: _Waiting, answer: Answer) -> None:
@@ -166,11 +223,11 @@ class BatchingPool:
         else:
             waiting.future.set_exception(answer.error())
 
-    def _again(self, batch: list[_Waiting], why: str) -> None:
-        """An infrastructure fault: every check of the batch is repeated, alone, until its tries are used up."""
-        for waiting in batch:
+    def _again(self, checks: Iterable[_Waiting], why: str, *, suspect: bool = True) -> None:
+        """An infrastructure fault: every check is repeated, a suspect one alone, until its tries are used up."""
+        for waiting in checks:
             waiting.losses += 1
-            waiting.suspect = True
+            waiting.suspect |= suspect
             if waiting.future.done():
                 continue
             if waiting.losses >= self._config.tries or self._closed:
@@ -197,13 +254,17 @@ class BatchingPool:
                 self._queue.append(waiting)
         self._arrived.set()
 
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A place that ends by a fault of ours takes the pool with it: nobody may wait for what nobody does."""
+        if not task.cancelled() and (error := task.exception()):
+            log.error("pool_fault", error=repr(error))
+            self._closed = True
+            self._again(self._taken_all(), f"the pool failed: {error!r}")
+
     async def close(self) -> None:
-        """Kill the workers; whoever still waits gets a SandboxError."""
+        """End the workers; whoever still waits gets a SandboxError."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for waiting in self._queue:
-            if not waiting.future.done():
-                with contextlib.suppress(asyncio.InvalidStateError):
-                    waiting.future.set_exception(SandboxError("the pool is closed"))
+        self._again(self._taken_all(), "the pool was closed")

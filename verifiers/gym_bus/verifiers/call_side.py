@@ -10,6 +10,9 @@ import os
 import sys
 from typing import Any
 
+NOT_COMPILED = "not compiled"
+"""In place of a result, which it cannot be taken for: it is no JSON."""
+
 
 def main(source: str, function: str, nonce: str) -> None:
     """Read JSON arguments, one per line, call, write the JSON result; what the solution prints goes nowhere."""
@@ -17,7 +20,12 @@ def main(source: str, function: str, nonce: str) -> None:
     os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
     arguments = [json.loads(line) for line in sys.stdin.read().split("\n") if line.strip()]
     names: dict[str, Any] = {"__name__": "solution"}
-    exec(compile(source, "solution.py", "exec", dont_inherit=True), names)
+    try:
+        code = compile(source, "solution.py", "exec", dont_inherit=True)
+    except Exception as e:
+        os.write(result_fd, (nonce + NOT_COMPILED).encode())
+        sys.exit(f"{type(e).__name__}: {e}")
+    exec(code, names)
     owner = names["Solution"]() if "class Solution" in source else None
     called = getattr(owner, function) if owner is not None else names[function]
     value = called(*arguments)

@@ -19,6 +19,7 @@ from gym_bus.errors import TaskError
 from gym_bus.messages import Verdict
 from gym_bus.sandbox.api import Ended, Limits, Outcome, Program, Sandbox
 from gym_bus.verifiers.base import Placement, Task
+from gym_bus.verifiers.call_side import NOT_COMPILED
 from gym_bus.verifiers.code_text import between_last_fences
 from gym_bus.verifiers.options import read_options
 from gym_bus.verifiers.text import output_text
@@ -89,6 +90,10 @@ class CodeGen:
         cpu_s = o.unit_test_timeout_secs
         self._limits = Limits(wall_s=max(2 * cpu_s, cpu_s + 2), cpu_s=cpu_s, memory_bytes=o.memory_bytes)
 
+    def longest_s(self, task: Task) -> float:
+        """Wall-clock seconds of all tests, each at its limit."""
+        return len(_tests(task.row).inputs) * self._limits.wall_s
+
     async def verify(self, task: Task, sandbox: Sandbox) -> Verdict:
         """Score one answer; see `SandboxedVerifier.verify`."""
         tests = _tests(task.row)
@@ -131,7 +136,7 @@ class CodeGen:
 
         inputs = [_bytes(text) for text in tests.inputs]
         outcomes = await sandbox.run_cases(Program(source=_bytes(call)), inputs, self._limits, go_on=go_on)
-        return results, outcomes[: len(results)]
+        return results, [_call_outcome(outcome, nonce) for outcome in outcomes[: len(results)]]
 
 
 def _bytes(text: str) -> bytes:
@@ -183,6 +188,12 @@ def _same_numbers(a: str, b: str) -> bool:
         return [decimal.Decimal(t) for t in a.split()] == [decimal.Decimal(t) for t in b.split()]
     except decimal.InvalidOperation:
         return False
+
+
+def _call_outcome(outcome: Outcome, nonce: str) -> Outcome:
+    """As the solution's own: the program that calls it compiles in any case."""
+    compiled = outcome.stdout != (nonce + NOT_COMPILED).encode()
+    return outcome if compiled else msgspec.structs.replace(outcome, ended=Ended.COMPILE_ERROR)
 
 
 def _judge_call(outcome: Outcome, expected: str, nonce: str) -> Any:

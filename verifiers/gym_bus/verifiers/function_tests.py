@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -15,9 +16,12 @@ from msgspec import Meta
 from gym_bus.errors import SandboxError, TaskError
 from gym_bus.messages import Verdict
 from gym_bus.sandbox.api import Ended, Limits, Outcome, Program, Sandbox
+from gym_bus.verifiers import literal_tests, wire_values
 from gym_bus.verifiers.base import Placement, Task
 from gym_bus.verifiers.code_text import defines, last_block
+from gym_bus.verifiers.literal_tests import Case
 from gym_bus.verifiers.options import read_options
+from gym_bus.verifiers.tester_side import shown
 from gym_bus.verifiers.text import output_text, without_think
 
 _DEFINED = re.compile(r"(?m)^def\s+(\w+)")
@@ -67,7 +71,13 @@ class _FunctionTests:
     def __init__(self, **options: Any) -> None:
         o = read_options(Options, self.name, options)
         wall_s = max(2 * o.cpu_s, o.cpu_s + 2)
-        self._limits = Limits(wall_s=wall_s, cpu_s=o.cpu_s, memory_bytes=o.memory_bytes)
+        self._limits = Limits(
+            wall_s=wall_s, cpu_s=o.cpu_s, memory_bytes=o.memory_bytes, output_bytes=wire_values.MAX_FRAME_BYTES
+        )
+
+    def longest_s(self, task: Task) -> float:
+        """Wall-clock seconds of the tests, which run beside the solution."""
+        return self._limits.wall_s
 
     def solution(self, row: dict[str, Any], code: str) -> str:
         """The whole solution for what the model wrote."""
@@ -83,12 +93,19 @@ class _FunctionTests:
         code = last_block(without_think(output_text(task.response)))
         if code is None or not code.strip():
             return _verdict(None, "no_code", [])
-        nonce = secrets.token_hex(8)
         solution = self.solution(task.row, code)
+        cases = literal_tests.read_cases(tests.setup, tuple(tests.each), tests.entry_point, tests.names)
+        if cases is not None:
+            program = _program("solution_side", "answer_all", repr(solution))
+            outcome = await sandbox.run(program, literal_tests.calls(cases), self._limits)
+            return _compare(code, cases, outcome)
+        nonce = secrets.token_hex(8)
         first, second = await sandbox.run_pair(
-            _program("solution_side", repr(solution)),
+            _program("solution_side", "main", repr(solution)),
             _program(
-                "tester_side", f"{tests.setup!r}, {tests.each!r}, {nonce!r}, {tests.entry_point!r}, {tests.names!r}"
+                "tester_side",
+                "main",
+                f"{tests.setup!r}, {tests.each!r}, {nonce!r}, {tests.entry_point!r}, {tests.names!r}",
             ),
             self._limits,
         )
@@ -98,8 +115,43 @@ class _FunctionTests:
         return _judge(code, report, first, second, len(tests.each))
 
 
-def _program(module: str, arguments: str) -> Program:
-    text = f"from gym_bus.verifiers.{module} import main\nmain({arguments})\n"
+def _compare(code: str, cases: Sequence[Sequence[Case]], solution: Outcome) -> Verdict:
+    """Judge by what a solution replied to the calls of its tests."""
+    replies = literal_tests.replies(solution.stdout)
+    loaded = next(replies, None)
+    if loaded != ["ready"]:
+        if not isinstance(loaded, list) or len(loaded) < 2:
+            return _verdict(code, REASONS[solution.ended], [])
+        reason = "compile_error" if loaded[0] == "compile_error" else "runtime_error"
+        return _verdict(code, reason, [], shown(loaded[-1], 500))
+    tests: list[dict[str, Any]] = []
+    for test in cases:
+        tests.append(_judge_test(test, replies))
+        if tests[-1].get("reason") == "ended":
+            break
+    return _summed_up(code, tests, len(cases), solution)
+
+
+def _judge_test(test: Sequence[Case], replies: Iterator[Any]) -> dict[str, Any]:
+    """Every call was made, so every reply is taken, also those behind one that is wrong."""
+    failed: dict[str, Any] | None = None
+    for case in test:
+        match next(replies, None):
+            case ["ok", frame]:
+                fault = None if case.holds(frame) else ("wrong_answer", case.message)
+            case ["missing", name]:
+                fault = ("wrong_answer", shown(f"NameError: name {name!r} is not defined"))
+            case ["raised", _, detail]:
+                fault = ("runtime_error", shown(detail, 500))
+            case _:
+                fault = ("ended", "")
+        if fault is not None and failed is None:
+            failed = {"passed": False, "reason": fault[0], "detail": fault[1]}
+    return failed or {"passed": True}
+
+
+def _program(module: str, function: str, arguments: str) -> Program:
+    text = f"from gym_bus.verifiers.{module} import {function}\n{function}({arguments})\n"
     return Program(source=text.encode("utf-8", "surrogatepass" if "\\ud" not in text else "strict"))
 
 
@@ -118,15 +170,20 @@ def _judge(code: str, report: _Report | None, solution: Outcome, tester: Outcome
             return _verdict(code, REASONS[tester.ended], [])
         said = (tester.stderr[-300:] or tester.stdout[-300:]).decode(errors="replace")
         raise SandboxError(f"the tests ended without a report ({tester.ended.value}): {said}")
-    failed = next((test for test in report.tests if not test.get("passed")), None)
-    if report.reason or failed is None:
-        reason = report.reason or ("none" if len(report.tests) == count else "runtime_error")
-        detail = report.detail
+    return _summed_up(code, report.tests, count, solution, report.reason, report.detail)
+
+
+def _summed_up(
+    code: str, tests: list[dict[str, Any]], count: int, solution: Outcome, reason: str = "", detail: str = ""
+) -> Verdict:
+    failed = next((test for test in tests if not test.get("passed")), None)
+    if reason or failed is None:
+        reason = reason or ("none" if len(tests) == count else "runtime_error")
     else:
         reason, detail = str(failed["reason"]), str(failed.get("detail", ""))
     if reason == "ended":
         reason = REASONS.get(solution.ended, "runtime_error")
-    return _verdict(code, reason, report.tests, detail)
+    return _verdict(code, reason, tests, detail)
 
 
 def _verdict(code: str | None, reason: str, tests: list[dict[str, Any]], detail: str = "") -> Verdict:

@@ -3,65 +3,109 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
+import contextlib
+import json
 import os
+import socket
+import sys
+from functools import partial
+from typing import Self
 
-from pebble import ProcessExpired, ProcessPool
-
+from gym_bus.errors import SandboxError
+from gym_bus.server import die_with_parent
 from gym_bus.settings import VerifierConfig
 from gym_bus.verifiers.batching import BatchingPool, WorkerLost
 from gym_bus.verifiers.runner import VerifierRunner
 
-_runner: VerifierRunner | None = None
+CLOSE_LIMIT_S = 5.0
+_SIZE_BYTES = 8
+
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from gym_bus.verifiers.local_pool import serve; serve(int(sys.argv[2]), sys.argv[3])"
+)
 
 
-def _judge(batch: bytes, sandbox_level: str) -> bytes:
-    """Runs in the child."""
-    global _runner
-    if _runner is None:
-        _runner = VerifierRunner(sandbox_level)
-    return _runner.batch(batch)
+def serve(fd: int, sandbox_level: str) -> None:
+    """A child's life: batches in, answers out, until the other end of the socket is closed."""
+    runner = VerifierRunner(sandbox_level)
+    with socket.socket(fileno=fd) as end, end.makefile("rb") as stream:
+        end.sendall(_framed(b""))  # it is up
+        while size := stream.read(_SIZE_BYTES):
+            end.sendall(_framed(runner.batch(stream.read(int.from_bytes(size, "little")))))
+    runner.close()
+
+
+def _framed(message: bytes) -> bytes:
+    return len(message).to_bytes(_SIZE_BYTES, "little") + message
 
 
 class _Child:
-    """A place in the process pool, which replaces its processes by itself when they die or run out of time."""
+    """One child process."""
 
-    def __init__(self, pool: ProcessPool, sandbox_level: str) -> None:
-        self._pool, self._sandbox_level = pool, sandbox_level
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process, self._reader, self._writer = process, reader, writer
+
+    @classmethod
+    async def start(cls, sandbox_level: str) -> Self:
+        """A child that is ready. Raises SandboxError where it does not come up."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                _BOOT,
+                json.dumps(sys.path),  # it finds what this process finds: verifiers of installed packages included
+                str(theirs.fileno()),
+                sandbox_level,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=2,  # standard output is the command's own
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C in the terminal is the parent's: it closes us
+                preexec_fn=die_with_parent,
+            )
+        child = cls(process, *await asyncio.open_connection(sock=ours))
+        try:
+            await child._receive()
+        except WorkerLost as e:
+            await child.kill()
+            raise SandboxError(f"a child process of the pool did not start: {e}") from None
+        except BaseException:
+            await child.kill()
+            raise
+        return child
+
+    async def _receive(self) -> bytes:
+        try:
+            size = await self._reader.readexactly(_SIZE_BYTES)
+            return await self._reader.readexactly(int.from_bytes(size, "little"))
+        except (OSError, asyncio.IncompleteReadError):
+            raise WorkerLost(f"exit {await self._process.wait()}") from None
 
     async def run(self, batch: bytes, limit_s: float) -> bytes:
-        try:
-            done = self._pool.schedule(_judge, args=[batch, self._sandbox_level], timeout=limit_s)
-            answers: bytes = await asyncio.wrap_future(done)
-        except ProcessExpired as e:
-            raise WorkerLost(str(e)) from None
-        except RuntimeError as e:  # the pool was stopped
-            raise WorkerLost(str(e)) from None
-        return answers
+        """See `PoolWorker.run`."""
+        self._writer.write(_framed(batch))
+        return await asyncio.wait_for(self._receive(), limit_s)
+
+    async def close(self) -> None:
+        """See `PoolWorker.close`."""
+        self._writer.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), CLOSE_LIMIT_S)
+        await self.kill()
 
     async def kill(self) -> None:
-        """The pool has done it."""
+        """See `PoolWorker.kill`."""
+        self._writer.close()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
 
 
 class LocalPool(BatchingPool):
     """`BatchingPool` on child processes, one per core unless `ray.actors` says otherwise."""
 
     def __init__(self, config: VerifierConfig) -> None:
-        count = config.ray.actors or os.cpu_count() or 1
-        # spawn: the worker has threads and an event loop, which do not survive a fork.
-        self._processes = ProcessPool(
-            max_workers=count,
-            max_tasks=max(1, config.recycle_after // config.batch),
-            context=multiprocessing.get_context("spawn"),
-        )
-
-        async def start() -> _Child:
-            return _Child(self._processes, config.sandbox_level)
-
-        super().__init__(config, count, start)
-
-    async def close(self) -> None:
-        """Kill the children."""
-        await super().close()
-        self._processes.stop()
-        await asyncio.to_thread(self._processes.join, 10)
+        super().__init__(config, config.ray.actors or os.cpu_count() or 1, partial(_Child.start, config.sandbox_level))

@@ -1,57 +1,156 @@
-"""A pool of Ray actors: `executor: ray`. The only module that imports Ray.
-
-Measured on 2 cores with Ray 2.60: `ray.init` takes 2 to 5 s and about 600 MB; an unbatched actor call costs 0.5 ms of
-the caller's CPU, which is why checks travel in batches.
-"""
+"""A pool of Ray actors: `executor: ray`. The only module that imports Ray."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import math
 import os
+import secrets
 import shutil
+import signal
 import sys
 import tempfile
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
+import gym_bus
 from gym_bus.errors import SandboxError
+from gym_bus.logs import get_logger
 from gym_bus.settings import RayConfig, VerifierConfig
 from gym_bus.verifiers.batching import BatchingPool, WorkerLost
 from gym_bus.verifiers.runner import VerifierRunner
 
-START_LIMIT_S = 120.0
+log = get_logger(__name__)
+
+T = TypeVar("T")
+
+ACTOR_LIMIT_S = 60.0
+CLOSE_LIMIT_S = 5.0
+LOOK_S = 0.5
+"""How often the processes that hold Ray together are looked at."""
+LOST_AFTER_S, CLUSTER_LOST_AFTER_S = 1.0, 20.0
+"""How long they may be away. A cluster's may come back; a minute without them, and Ray ends the whole process."""
 PREFIX = "gymray-"
 
 
-def _start_ray(config: RayConfig, actors: int) -> str | None:
-    """Connect to the cluster, or start a small one; blocks for seconds. Returns the folder that it made."""
-    import ray
-    import ray.job_config
+class _Actor:
+    """The actor's class; made remote when Ray is up."""
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    if config.address:
-        ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR, namespace="gym_bus")
-        return None
-    # Ray puts Unix sockets below this folder, and their paths are limited to 107 bytes.
-    _sweep()
-    folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir="/tmp")
-    ray.init(
-        num_cpus=max(1, actors),
-        num_gpus=0,
-        include_dashboard=False,
-        object_store_memory=config.object_store_bytes,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=True,
-        namespace="gym_bus",
-        # The actors find what this process finds: verifiers of installed packages included.
-        job_config=ray.job_config.JobConfig(code_search_path=[path for path in sys.path if path]),
-        _temp_dir=folder,
-        _system_config={"enable_metrics_collection": False},
-    )
-    return folder
+    def __init__(self, sandbox_level: str) -> None:
+        self._runner = VerifierRunner(sandbox_level)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def batch(self, checks: bytes) -> bytes:
+        return self._runner.batch(checks)
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+class _Cluster:
+    """A Ray that this process has joined, or has started for itself; blocks, so it is used from threads."""
+
+    def __init__(self, config: RayConfig, actors: int) -> None:
+        self._config, self._actors = config, actors
+        self.local = config.address is None
+        self.doors: list[tuple[str, int]] = []
+        """Where the processes listen without which nothing goes on: the control store, and our node's scheduler."""
+        self._folder: str | None = None
+        self._class: Any = None
+
+    def join(self) -> None:
+        """Connect to the cluster, or start a small one, which takes seconds. Raises what Ray raises."""
+        import ray
+
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        if ray.is_initialized():
+            raise RuntimeError("this process has joined a Ray already")
+        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "gym_bus"}
+        if self.local:
+            # Ray's processes know each other by a token, which it would else keep in the user's home.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            ray.init("local", **common, **self._small())
+            _end_helpers()
+        else:
+            _use_token()
+            # The cluster's nodes run this very code; what it imports, Ray and msgspec above all, they must have.
+            code = {"py_modules": list(gym_bus.__path__), "excludes": ["**/__pycache__"]}
+            ray.init(self._config.address, runtime_env=code, **common)
+        context = ray.get_runtime_context()
+        host, _, port = context.gcs_address.rpartition(":")
+        node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+        self.doors = [(host.strip("[]"), int(port)), (node["NodeManagerAddress"], node["NodeManagerPort"])]
+
+    def _small(self) -> dict[str, Any]:
+        """What makes a Ray of our own the smallest that there is."""
+        import ray.job_config
+
+        _sweep()
+        # Ray puts Unix sockets below this folder, and their paths are limited to 107 bytes.
+        self._folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir="/tmp")
+        return {
+            "num_cpus": max(1, math.ceil(self._actors * self._config.cpus_per_actor)),
+            "num_gpus": 0,
+            "include_dashboard": False,
+            "object_store_memory": self._config.object_store_bytes,
+            # The actors find what this process finds: verifiers of installed packages included.
+            "job_config": ray.job_config.JobConfig(code_search_path=[path for path in sys.path if path]),
+            "_temp_dir": self._folder,
+            # No metrics, and no record of every call, which the control store would keep.
+            "_system_config": {"enable_metrics_collection": False, "task_events_report_interval_ms": 0},
+        }
+
+    def actor(self, config: VerifierConfig) -> Any:
+        """A new actor's handle; it may have to wait for its place in the cluster."""
+        import ray
+
+        if self._class is None:  # once: it is written to the control store, and to wait for a dead one never ends
+            self._class = ray.remote(_Actor).options(
+                num_cpus=config.ray.cpus_per_actor,
+                memory=config.ray.memory_bytes_per_actor or None,
+                max_restarts=0,  # a lost actor is replaced by the pool, which knows what was in it
+                max_concurrency=1,
+            )
+        return self._class.remote(config.sandbox_level)
+
+    def room(self) -> str:
+        """What there is for actors, and what of it is free."""
+        import ray
+
+        total, free = ray.cluster_resources(), ray.available_resources()
+        return ", ".join(f"{free.get(kind, 0):,.0f} of {total.get(kind, 0):,.0f} {kind}" for kind in ("CPU", "memory"))
+
+    def leave(self) -> None:
+        """Disconnect; a Ray of our own ends."""
+        import ray
+
+        with contextlib.suppress(Exception):  # Ray raises all sorts where parts of it are gone
+            ray.shutdown()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _use_token() -> None:
+    """Where the user has a Ray token, use it: Ray's heads do, while a driver that is given an address does not."""
+    with contextlib.suppress(ImportError):  # of a Ray before 2.59, which asks for none
+        from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def _end_helpers() -> None:
+    """End what serves displays, logs and autoscaling: a third of a small Ray's memory, and nothing here uses it."""
+    from ray._private import worker
+
+    with contextlib.suppress(Exception):  # private to Ray: where it has changed, Ray is larger, and nothing else
+        node: Any = worker._global_node
+        for end in (node.kill_monitor, node.kill_log_monitor, node.kill_dashboard):
+            end(check_alive=False)
 
 
 def _sweep() -> None:
@@ -62,113 +161,225 @@ def _sweep() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Actor:
-    """The actor's class; made remote when Ray is up."""
+class _Connection:
+    """A cluster while it holds."""
 
-    def __init__(self, sandbox_level: str) -> None:
-        self._runner = VerifierRunner(sandbox_level)
+    def __init__(self, cluster: _Cluster) -> None:
+        self.cluster = cluster
+        self.lost = asyncio.Event()
+        """It holds no longer."""
+        self._leaving: asyncio.Task[None] | None = None
+        self._watch = asyncio.create_task(self._look(), name="ray watch")
 
-    def batch(self, checks: bytes) -> bytes:
-        return self._runner.batch(checks)
+    async def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        patience_s = LOST_AFTER_S if self.cluster.local else CLUSTER_LOST_AFTER_S
+        seen = loop.time()
+        while loop.time() - seen < patience_s:
+            await asyncio.sleep(LOOK_S)
+            if all(await asyncio.gather(*(_answers(*door) for door in self.cluster.doors))):
+                seen = loop.time()
+        log.warning("ray_lost", silent_s=round(loop.time() - seen, 1))
+        self.leave()
+
+    def leave(self) -> asyncio.Task[None]:
+        """Leave the cluster, at once: a driver that stays when the control store is gone is killed by Ray."""
+        self._watch.cancel()
+        self.lost.set()
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(asyncio.to_thread(self.cluster.leave), name="ray leave")
+        return self._leaving
+
+    async def unless_lost(self, work: Awaitable[T], limit_s: float) -> T:
+        """What `work` gives.
+
+        Raises:
+            WorkerLost: Ray was lost meanwhile.
+            TimeoutError: it took longer than `limit_s` seconds.
+        """
+        working, losing = asyncio.ensure_future(work), asyncio.ensure_future(self.lost.wait())
+        try:
+            done, _ = await asyncio.wait({working, losing}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if working in done:
+                return working.result()
+            if losing in done:
+                raise WorkerLost("Ray was lost")
+            raise TimeoutError
+        finally:
+            working.cancel()
+            losing.cancel()
+
+
+async def _answers(host: str, port: int) -> bool:
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 2.0)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
+class _Ray:
+    """This process's connection to Ray: made when it is needed, and made again after a loss."""
+
+    def __init__(self, config: RayConfig, actors: int) -> None:
+        self._config, self._actors = config, actors
+        self._connection: _Connection | None = None
+        self._connecting: asyncio.Task[_Connection] | None = None
+
+    async def connection(self) -> _Connection:
+        """The one that holds. Raises SandboxError where there is no cluster at `ray.address`, or none starts."""
+        if self._connection is not None and not self._connection.lost.is_set():
+            return self._connection
+        if self._connecting is None or self._connecting.done():
+            self._connecting = asyncio.create_task(self._connect(), name="ray connect")
+        return await asyncio.shield(self._connecting)  # whoever gives up waiting does not end it for the others
+
+    async def _connect(self) -> _Connection:
+        await self._leave()
+        address = self._config.address
+        host, _, port = (address or "").rpartition(":")
+        if port and not await _answers(host, int(port)):  # Ray itself would go on trying for minutes
+            raise SandboxError(f"cannot reach a Ray at {address}: nothing answers there")
+        cluster = _Cluster(self._config, self._actors)
+        try:
+            await asyncio.to_thread(cluster.join)
+        except ImportError as e:
+            raise SandboxError(
+                f"Ray is not installed ({e}): install gym-bus[verifier], or set verifier.executor=local"
+            ) from None
+        except Exception as e:  # Ray has no root for what it raises when it does not come up
+            await asyncio.to_thread(cluster.leave)
+            what = f"cannot join the Ray at {address}" if address else "a local Ray does not start"
+            raise SandboxError(f"{what}: {' '.join(str(e).split()) or type(e).__name__}") from None
+        finally:
+            _keep_signals()
+        self._connection = _Connection(cluster)
+        return self._connection
+
+    async def _leave(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await asyncio.shield(connection.leave())
+
+    async def close(self) -> None:
+        """Leave the cluster; a local one ends with us."""
+        if self._connecting is not None:
+            await asyncio.wait({self._connecting}, timeout=CLOSE_LIMIT_S)
+        await self._leave()
+
+
+def _keep_signals() -> None:
+    """Put Python's handler of SIGTERM back: Ray's core has laid its own over it, which prints a stack trace."""
+    with contextlib.suppress(ValueError):  # not the main thread, where no handler of ours can be
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
+def _in_short(error: Exception) -> str:
+    """The last line: of a traceback from an actor it is the cause, and else the only one."""
+    return f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"
 
 
 class _RayWorker:
     """One actor as the pool sees it."""
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    def __init__(self, connection: _Connection, actor: Any) -> None:
+        self._connection, self._actor = connection, actor
+        self._process: int | None = None
+        self._ended = False
 
-    async def run(self, batch: bytes, limit_s: float) -> bytes:
+    @classmethod
+    async def start(cls, connection: _Connection, config: VerifierConfig) -> Self:
+        """An actor that is up. Raises SandboxError where the cluster does not start it, WorkerLost where it dies."""
+        try:
+            creating = asyncio.to_thread(connection.cluster.actor, config)
+            worker = cls(connection, await connection.unless_lost(creating, ACTOR_LIMIT_S))
+        except Exception as e:  # of whatever kind: this connection is of no use, as when the cluster is another one now
+            connection.leave()
+            raise SandboxError(f"Ray does not take an actor: {_in_short(e)}") from None
+        try:
+            pid = await worker._call("pid", ACTOR_LIMIT_S)
+            if connection.cluster.local:
+                worker._process = os.pidfd_open(pid)
+        except TimeoutError:
+            room = await connection.unless_lost(asyncio.to_thread(connection.cluster.room), CLOSE_LIMIT_S)
+            await worker.kill()
+            raise SandboxError(
+                f"no actor came up within {ACTOR_LIMIT_S:g} s: one asks for {config.ray.cpus_per_actor:g} CPU and "
+                f"{config.ray.memory_bytes_per_actor:,} bytes of memory, the cluster has {room} free"
+            ) from None
+        except BaseException:
+            await worker.kill()
+            raise
+        return worker
+
+    async def _call(self, method: str, limit_s: float, *arguments: Any) -> Any:
         import ray.exceptions
 
         try:
-            answers: bytes = await asyncio.wait_for(self._actor.batch.remote(batch), limit_s)
-        except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError) as e:
-            raise WorkerLost(str(e).partition("\n")[0]) from None
+            answer = getattr(self._actor, method).remote(*arguments)
+            return await self._connection.unless_lost(answer, limit_s)
         except ray.exceptions.RayError as e:
-            raise WorkerLost(f"{type(e).__name__}: {e}".partition("\n")[0]) from None
+            raise WorkerLost(_in_short(e)) from None
+
+    async def run(self, batch: bytes, limit_s: float) -> bytes:
+        """See `PoolWorker.run`."""
+        answers: bytes = await self._call("batch", limit_s, batch)
         return answers
 
+    async def close(self) -> None:
+        """See `PoolWorker.close`."""
+        if not self._ended:
+            with contextlib.suppress(WorkerLost, TimeoutError):
+                await self._call("close", CLOSE_LIMIT_S)
+        await self.kill()
+
     async def kill(self) -> None:
+        """See `PoolWorker.kill`."""
         import ray
 
-        with contextlib.suppress(Exception):  # it may be dead, and so may the cluster
-            await asyncio.to_thread(ray.kill, self._actor, no_restart=True)
+        self._ended = True
+        if not self._connection.lost.is_set():
+            with contextlib.suppress(Exception):  # it may be dead, and so may the cluster
+                await asyncio.to_thread(ray.kill, self._actor, no_restart=True)
+        process, self._process = self._process, None
+        if process is not None:
+            try:
+                if self._connection.lost.is_set() or not await _ends(process, CLOSE_LIMIT_S):
+                    signal.pidfd_send_signal(process, signal.SIGKILL)  # without its Ray, nobody else does it
+            except ProcessLookupError:
+                pass
+            finally:
+                os.close(process)
+
+
+async def _ends(process: int, limit_s: float) -> bool:
+    """Whether the process of the descriptor ends within `limit_s` seconds."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(process, ended.set)
+    try:
+        await asyncio.wait_for(ended.wait(), limit_s)
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(process)
+    return True
 
 
 class RayPool(BatchingPool):
     """`BatchingPool` on Ray actors, one per core unless `ray.actors` says otherwise."""
 
-    def __init__(self, config: VerifierConfig, folder: str | None, actors: int) -> None:
-        import ray
-
-        self._folder = folder
-        self._remote = ray.remote(_Actor).options(
-            num_cpus=config.ray.cpus_per_actor,
-            memory=config.ray.memory_bytes_per_actor or None,
-            max_restarts=0,  # a lost actor is replaced by the pool, which knows what was in it
-            max_concurrency=1,
-        )
-        self._lock = asyncio.Lock()
+    def __init__(self, config: VerifierConfig) -> None:
+        actors = config.ray.actors or os.cpu_count() or 1
+        self._ray = _Ray(config.ray, actors)
 
         async def start() -> _RayWorker:
-            async with self._lock:
-                await self._revive(config, actors)
-                actor = await asyncio.to_thread(self._remote.remote, config.sandbox_level)
-            return _RayWorker(actor)
+            return await _RayWorker.start(await self._ray.connection(), config)
 
         super().__init__(config, actors, start)
 
-    async def _revive(self, config: VerifierConfig, actors: int) -> None:
-        """Start Ray again where the local cluster died under us."""
-        import ray
-
-        if ray.is_initialized() and await asyncio.to_thread(_alive):
-            return
-        await asyncio.to_thread(_stop_ray, self._folder)
-        self._folder = await _init(config, actors)
-
-    @classmethod
-    async def start(cls, config: VerifierConfig) -> RayPool:
-        """Bring up Ray and the pool.
-
-        Raises:
-            SandboxError: no cluster at `ray.address`, or the local one did not start.
-        """
-        actors = config.ray.actors or os.cpu_count() or 1
-        return cls(config, await _init(config, actors), actors)
-
     async def close(self) -> None:
-        """Kill the actors and leave the cluster; a local one ends with us."""
+        """End the actors and leave the cluster; a local one ends with us."""
         await super().close()
-        await asyncio.to_thread(_stop_ray, self._folder)
-
-
-async def _init(config: VerifierConfig, actors: int) -> str | None:
-    where = config.ray.address or "a local Ray"
-    try:
-        return await asyncio.wait_for(asyncio.to_thread(_start_ray, config.ray, actors), START_LIMIT_S)
-    except ImportError as e:
-        raise SandboxError(
-            f"Ray is not installed ({e}): install gym-bus[verifier], or set verifier.executor=local"
-        ) from None
-    except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as e:
-        raise SandboxError(f"cannot reach {where}: {e or type(e).__name__}") from None
-
-
-def _alive() -> bool:
-    import ray
-
-    try:
-        return bool(ray.nodes())
-    except Exception:  # Ray raises all sorts when its control store is gone; each means the same here
-        return False
-
-
-def _stop_ray(folder: str | None) -> None:
-    import ray
-
-    with contextlib.suppress(Exception):
-        ray.shutdown()
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)
+        await self._ray.close()

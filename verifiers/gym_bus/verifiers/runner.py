@@ -11,9 +11,9 @@ from typing import Any, cast
 
 import msgspec
 
-from gym_bus.errors import GymBusError, SandboxError, TaskError, UsageError, VerifierError
+from gym_bus.errors import GymBusError, SandboxError, SandboxRefused, TaskError, UsageError, VerifierError
 from gym_bus.messages import Verdict
-from gym_bus.verifiers.base import AnyVerifier, Placement, SandboxedVerifier, Task, Verifier
+from gym_bus.verifiers.base import AnyVerifier, Placement, SandboxedVerifier, Task, Verifier, demanded_level
 from gym_bus.verifiers.registry import VERIFIERS
 
 CACHED = 64
@@ -102,6 +102,15 @@ def task_of(row: bytes, response: bytes) -> Task:
     return Task(row=decoded, response=answered)
 
 
+def longest_s(check: Check) -> float:
+    """Wall-clock seconds that the programs of a sandboxed check may take by their own limits, as its verifier says."""
+    try:
+        said = getattr(build(check.verifier, check.options), "longest_s", None)
+        return float(said(task_of(check.row, check.response))) if said else 0.0
+    except GymBusError:  # it cannot be judged, which whoever judges it will say
+        return 0.0
+
+
 def _rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
@@ -147,7 +156,12 @@ class VerifierRunner:
         return cast(Verifier, verifier).verify(task)
 
     async def _judge_sandboxed(self, verifier: SandboxedVerifier, task: Task) -> Verdict:
-        return await verifier.verify(task, await self._sandbox())
+        slot = await self._sandbox()
+        if not slot.level.reaches(least := demanded_level(verifier, self._level)):
+            raise SandboxRefused(
+                f"{type(verifier).__name__} demands level {least}, this machine gives {slot.level}: {slot.lowered}"
+            )
+        return await verifier.verify(task, slot)
 
     async def _sandbox(self) -> Any:
         if self._slot is None:

@@ -12,11 +12,15 @@ from typing import cast
 import msgspec
 
 from gym_bus.errors import GymBusError, VerifierError
+from gym_bus.logs import get_logger
 from gym_bus.messages import Verdict
 from gym_bus.settings import VerifierConfig
-from gym_bus.verifiers.base import AnyVerifier, Placement, Verifier
+from gym_bus.verifiers.base import AnyVerifier, Level, Placement, Verifier, demanded_level
 from gym_bus.verifiers.batching import BatchingPool
+from gym_bus.verifiers.registry import VERIFIERS
 from gym_bus.verifiers.runner import Check, build, task_of
+
+log = get_logger(__name__)
 
 CACHED = 256
 
@@ -84,7 +88,7 @@ class VerifierService:
                 if self._config.executor == "ray":
                     from gym_bus.verifiers.pool import RayPool
 
-                    self._pool = await RayPool.start(self._config)
+                    self._pool = RayPool(self._config)
                 else:
                     from gym_bus.verifiers.local_pool import LocalPool
 
@@ -96,6 +100,41 @@ class VerifierService:
         if self._pool is not None:
             await self._pool.close()
             self._pool = None
+
+
+async def require_sandbox(config: VerifierConfig) -> str:
+    """Have a sandbox come up at the level that the verifiers of `config` demand, so that nothing starts without it.
+
+    Returns what it protects, in one line; nothing where none is needed here. On a Ray cluster programs run elsewhere:
+    each of its machines refuses by itself.
+
+    Raises:
+        SandboxRefused: this machine does not give the level; the message says what would mend it.
+        UsageError: `verifier.names` has an unknown name.
+    """
+    levels = {
+        demanded_level(made, config.sandbox_level) for made in _served(config) if made.placement is Placement.SANDBOXED
+    }
+    if not levels or (config.executor == "ray" and config.ray.address):
+        return ""
+    from gym_bus.sandbox.protections import summary
+    from gym_bus.sandbox.slot import Slot
+
+    slot = await Slot.start(least=min(levels, key=list(Level).index))
+    await slot.close()
+    return summary(slot.level, slot.protections())
+
+
+def _served(config: VerifierConfig) -> list[type[AnyVerifier]]:
+    if config.names:
+        return [VERIFIERS.load(name) for name in config.names]
+    found = []
+    for name in VERIFIERS:
+        try:
+            found.append(VERIFIERS.load(name))
+        except (ImportError, AttributeError) as e:  # of another package: who uses it will hear of it
+            log.warning("verifier_not_loaded", verifier=name, why=str(e))
+    return found
 
 
 def _digest(made: type, name: str, options: bytes) -> str:

@@ -6,7 +6,6 @@ Standard library only. Everything here is in reach of the solution; the tester t
 from __future__ import annotations
 
 import os
-import traceback
 from typing import Any
 
 from gym_bus.verifiers import wire_values
@@ -27,7 +26,7 @@ class Server:
             truth = bool(value)
         except BaseException:
             truth = True
-        return ["h", len(self._objects) - 1, truth]
+        return [wire_values.HANDLE, len(self._objects) - 1, truth]
 
     def _object(self, frame: Any) -> Any:
         return self._objects[int(frame[1])]
@@ -66,32 +65,58 @@ class Server:
                 request = wire_values.receive(FD)
             except wire_values.ProtocolError:
                 return
-            try:
-                wire_values.send(FD, self.answer(request))
-            except wire_values.NotData:
-                wire_values.send(FD, ["raised", "ValueError", "the result is too large"])
+            self.reply(FD, request)
+
+    def reply(self, fd: int, request: Any) -> None:
+        """Answer one request."""
+        try:
+            wire_values.send(fd, self.answer(request))
+        except wire_values.NotData:
+            wire_values.send(fd, ["raised", "ValueError", "the result is too large"])
 
 
 def _said(e: BaseException) -> str:
     try:
-        return "".join(traceback.format_exception_only(type(e), e))[-500:]
+        return f"{type(e).__name__}: {e}"[:500]
     except BaseException:
         return "an exception that cannot be shown"
 
 
 def main(source: str) -> None:
     """Run the solution's text, say whether that worked, serve."""
+    _print_nowhere()
+    if (server := _loaded(source, FD)) is not None:
+        server.serve()
+
+
+def answer_all(source: str) -> None:
+    """Run the solution's text, then the calls that standard input holds; the replies are the standard output."""
+    requests, replies = wire_values.receive(0), os.dup(1)
+    _print_nowhere()
+    if (server := _loaded(source, replies)) is not None:
+        for request in requests:
+            if server.answer(["has", request[0]]) == ["ok", True]:
+                server.reply(replies, ["call", *request])
+            else:
+                wire_values.send(replies, ["missing", request[0]])
+
+
+def _print_nowhere() -> None:
     nowhere = os.open("/dev/null", os.O_WRONLY)
     for fd in (1, 2):  # what it prints is not judged, and must not fill anything
         os.dup2(nowhere, fd)
+
+
+def _loaded(source: str, fd: int) -> Server | None:
+    """The solution's names, once its text has run; on `fd` it is said whether that worked."""
     names: dict[str, Any] = {"__name__": "solution", "__builtins__": __builtins__}
     try:
         exec(compile(source, "solution.py", "exec", dont_inherit=True), names)
     except SyntaxError as e:
-        wire_values.send(FD, ["compile_error", _said(e)])
-        return
+        wire_values.send(fd, ["compile_error", _said(e)])
+        return None
     except BaseException as e:
-        wire_values.send(FD, ["raised", type(e).__name__, _said(e)])
-        return
-    wire_values.send(FD, ["ready"])
-    Server(names).serve()
+        wire_values.send(fd, ["raised", type(e).__name__, _said(e)])
+        return None
+    wire_values.send(fd, ["ready"])
+    return Server(names)

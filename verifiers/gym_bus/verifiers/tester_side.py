@@ -64,7 +64,7 @@ class Client:
             return True
         whole = isinstance(said, list) and len(said) > 1
         self.reason = "compile_error" if whole and said[0] == "compile_error" else "runtime_error"
-        self.detail = _shown(said[-1] if whole else "it did not say that it was loaded", 500)
+        self.detail = shown(said[-1] if whole else "it did not say that it was loaded", 500)
         return False
 
     def ask(self, request: list[Any]) -> Any:
@@ -74,7 +74,7 @@ class Client:
         if not isinstance(reply, list) or not reply or reply[0] not in ("ok", "raised"):
             raise wire_values.ProtocolError("no such reply")
         if reply[0] == "raised":
-            raise SolutionRaised(_shown(reply[-1], 500))
+            raise SolutionRaised(shown(reply[-1], 500))
         return wire_values.decode(reply[-1], lambda frame: Handle(self, frame))
 
     def call(self, kind: str, what: Any, arguments: Any, keywords: Any) -> Any:
@@ -83,7 +83,7 @@ class Client:
         return self.ask([kind, what, *packed])
 
 
-def _shown(value: Any, limit: int = 300) -> str:
+def shown(value: Any, limit: int = 300) -> str:
     """What a solution or a test said, as text that any reader of JSON takes: no lone surrogates."""
     return str(value)[:limit].encode(errors="replace").decode()
 
@@ -142,9 +142,9 @@ def main(setup: str, tests: list[str], nonce: str, entry_point: str, asked_for: 
         if client.start():
             results = [_run_one(code, test, client, entry_point, asked_for) for test in compiled]
     except wire_values.ProtocolError as e:
-        client.reason, client.detail = "ended", _shown(e)
+        client.reason, client.detail = "ended", shown(e)
     except (SyntaxError, ValueError) as e:
-        client.reason, client.detail = "task_broken", _shown(f"{type(e).__name__}: {e}")
+        client.reason, client.detail = "task_broken", shown(f"{type(e).__name__}: {e}")
     report = {"nonce": nonce, "reason": client.reason, "detail": client.detail, "tests": results}
     sys.stdout.write("\n" + json.dumps(report) + "\n")
     sys.stdout.flush()
@@ -159,11 +159,11 @@ def _run_one(setup: Any, test: Any, client: Client, entry_point: str, asked_for:
             names["candidate"] = names[entry_point] = Proxy(client, entry_point)
         exec(test, names)
     except AssertionError as e:
-        return {"passed": False, "reason": "wrong_answer", "detail": _shown(e)}
+        return {"passed": False, "reason": "wrong_answer", "detail": shown(e)}
     except wire_values.ProtocolError as e:
-        return {"passed": False, "reason": "ended", "detail": _shown(e)}
+        return {"passed": False, "reason": "ended", "detail": shown(e)}
     except SolutionRaised as e:
-        return {"passed": False, "reason": "runtime_error", "detail": _shown(e)}
+        return {"passed": False, "reason": "runtime_error", "detail": shown(e)}
     except BaseException as e:
-        return {"passed": False, "reason": "wrong_answer", "detail": _shown(f"{type(e).__name__}: {e}")}
+        return {"passed": False, "reason": "wrong_answer", "detail": shown(f"{type(e).__name__}: {e}")}
     return {"passed": True}

@@ -6,7 +6,7 @@ behind; everything else is a handle, which equals nothing. Frames are a length a
 
 from __future__ import annotations
 
-import base64
+import binascii
 import collections
 import json
 import os
@@ -62,8 +62,12 @@ def _pack_float(value: float, _: Any) -> Any:
     return ["f", float.hex(value)]
 
 
+def _base64(data: bytes) -> str:
+    return binascii.b2a_base64(data, newline=False).decode()
+
+
 def _pack_bytes(tag: str) -> Callable[[Any, Any], Any]:
-    return lambda value, _: [tag, base64.b64encode(bytes(value)).decode()]
+    return lambda value, _: [tag, _base64(bytes(value))]
 
 
 # Read through the base class, whatever a subclass overrides: a named tuple crosses as the tuple that it is.
@@ -89,13 +93,17 @@ _BUILD: dict[str, Callable[[list[Any]], Any]] = {
     "S": frozenset,
     "q": collections.deque,
 }
+CONTAINERS = frozenset((*_BUILD, "d"))
+"""Tags of values that hold others."""
+HANDLE = "h"
+"""Tag of what is no data: its number and its truth follow."""
 
 
 def _text(value: str) -> Any:
     try:
         value.encode()
     except UnicodeEncodeError:  # lone surrogates have no place in JSON
-        return ["u", base64.b64encode(value.encode("utf-8", "surrogatepass")).decode()]
+        return ["u", _base64(value.encode("utf-8", "surrogatepass"))]
     return value
 
 
@@ -113,7 +121,7 @@ def decode(value: Any, handle: Callable[[Any], Any], depth: int = 0) -> Any:
             return _BUILD[tag]([decode(item, handle, depth + 1) for item in body])
         if tag == "d":
             return {decode(k, handle, depth + 1): decode(v, handle, depth + 1) for k, v in body}
-        if tag == "h":
+        if tag == HANDLE:
             return handle(value)
         return _scalar(tag, value[1:])
     except (TypeError, ValueError, IndexError, OverflowError, RecursionError) as e:
@@ -130,22 +138,27 @@ def _scalar(tag: str, body: list[Any]) -> Any:
     if tag == "c":
         return complex(float.fromhex(body[0]), float.fromhex(body[1]))
     if tag == "y":
-        return base64.b64decode(body[0])
+        return binascii.a2b_base64(body[0])
     if tag == "Y":
-        return bytearray(base64.b64decode(body[0]))
+        return bytearray(binascii.a2b_base64(body[0]))
     if tag == "u":
-        return base64.b64decode(body[0]).decode("utf-8", "surrogatepass")
+        return binascii.a2b_base64(body[0]).decode("utf-8", "surrogatepass")
     if tag == "r":
         return range(int(body[0], 16), int(body[1], 16), int(body[2], 16))
     raise ProtocolError(f"no such tag: {tag}")
 
 
-def send(fd: int, value: Any) -> None:
-    """Write one frame. Raises ProtocolError where the other side is gone or the frame is too large."""
+def frame(value: Any) -> bytes:
+    """One frame. Raises NotData where it is too large."""
     data = json.dumps(value, allow_nan=False).encode()
     if len(data) > MAX_FRAME_BYTES:
         raise NotData("too large")
-    view = memoryview(len(data).to_bytes(4, "little") + data)
+    return len(data).to_bytes(4, "little") + data
+
+
+def send(fd: int, value: Any) -> None:
+    """Write one frame. Raises NotData where it is too large, ProtocolError where the other side is gone."""
+    view = memoryview(frame(value))
     try:
         while view:
             view = view[os.write(fd, view) :]
