@@ -153,23 +153,24 @@ def message_page() -> str:
     return "\n".join(lines)
 
 
-ADVICE = {
-    "MODEL_UNREACHABLE": "start the endpoint, check `base_url`, run the command again",
-    "RATE_LIMITED": "lower `agent.concurrency`, raise `retry.rate_limited` or `retry.budget_s`",
-    "MODEL_TIMEOUT": "raise `read_limit_s` or `call_limit_s`, or lower the concurrency",
-    "MODEL_ERROR": "look at the endpoint's log; its own words are in the failure",
-    "REQUEST_REFUSED": "correct the request: sampling parameters, model name, tools",
-    "CONTEXT_TOO_LONG": "shorten the prompt, or serve a longer context",
-    "AGENT_ERROR": "mend the agent; the traceback's end is in the failure",
-    "VERIFIER_ERROR": "mend the verifier, then `eval reverify`, or run again",
-    "SANDBOX_LOST": "look for memory pressure on the verifier's machine; run again",
-    "JUDGE_FAILED": "start the judge's endpoint; run again",
-    "TASK_BROKEN": "correct the row of the data set",
-    "DEADLINE": "raise `job.limit_s`",
-    "CANCELLED": "run the command again to go on",
-    "POISON": "look at the worker's log; run again",
-    "LOST": "look at the server's limits and disk; run again",
-}
+def default_of(path: str) -> str:
+    """The default of a setting, by its dotted path; raises KeyError or AttributeError where there is none."""
+    value: Any = settings.Config()
+    for name in path.split("."):
+        if isinstance(value, dict):
+            value = settings.ModelConfig()  # any name of `models`
+        else:
+            value = getattr(value, name)
+    return f"{value:g}"
+
+
+def repeated(kind: errors.FailureKind) -> str:
+    """What is repeated before a rollout fails with a class, how often and with which delay."""
+    said = []
+    for repeat in errors.TREATMENTS[kind].repeats:
+        delay = re.sub(r"\{([\w.]+)\}", lambda m: default_of(m[1]), repeat.delay)
+        said.append(f"{repeat.what}: `{repeat.limit}` ({default_of(repeat.limit)}); delay: {delay}")
+    return "<br>".join(said) or "nothing"
 
 
 def failures() -> str:
@@ -179,14 +180,24 @@ def failures() -> str:
         "# Failure classes\n",
         NOTE,
         "A rollout that ends without a reward has one of these classes, in `rollouts_failures.jsonl` as",
-        "`_ng_failure_class`. *Tried again*: by the next run of the same command, `results.max_attempts` attempts in",
-        "all. Within one attempt, model calls are retried by kind (`models.NAME.retry`), and checks whose sandbox or",
-        "pool worker was lost `verifier.tries` times.\n",
-        "| class | meaning | tried again | what to do |\n| --- | --- | --- | --- |",
+        "`_ng_failure_class`.\n",
+        "*Repeated* is what gym_bus does by itself before the rollout counts as failed: what, the setting that says how",
+        "often (its default), and the delay in between. All tries of one model call end with its",
+        "`models.NAME.retry.budget_s`, and everything ends with the rollout's `job.limit_s`.",
+        "*Tried again* is what the next run of the same command does: another attempt at the rollout,",
+        f"`results.max_attempts` ({default_of('results.max_attempts')}) in all, at once. Where an answer is stored, as",
+        "of a failure in the verifier, only the check is made again. [`eval replay`](../how-to/replay.md) tries any",
+        "failure again.\n",
+        "A tool call is made once per delivery of its rollout, whatever comes of it. A request whose worker died is",
+        "delivered again and its rollout starts over, with fresh tools; see",
+        "[tools with effects elsewhere](../how-to/extend.md#tools-with-effects-elsewhere).\n",
+        "| class | meaning | repeated | tried again | what to do |\n| --- | --- | --- | --- | --- |",
     ]
     for kind in errors.FailureKind:
-        again = "yes" if kind in errors.RETRYABLE else "no"
-        lines.append(f"| `{kind.value}` | {cell(docs[kind.name][2])} | {again} | {ADVICE[kind.name]} |")
+        treatment = errors.TREATMENTS[kind]
+        again = "yes" if treatment.again else "no"
+        meaning = cell(docs[kind.name][2])
+        lines.append(f"| `{kind.value}` | {meaning} | {repeated(kind)} | {again} | {cell(treatment.advice)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,6 +16,19 @@ from gym_bus.server import find_binary, free_port
 from gym_bus.settings import BusConfig
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Here, and not beside the tests: pytest reads options before it knows of deeper folders."""
+    chaos = parser.getgroup("chaos", "breaking a running system on purpose (tests/chaos)")
+    chaos.addoption(
+        "--chaos-rollouts", type=int, metavar="N", help="a long chaos run of N rollouts; default: a short one"
+    )
+    chaos.addoption("--chaos-seed", type=int, default=1, metavar="SEED", help="what is broken, and when")
+    chaos.addoption("--chaos-minutes", type=float, metavar="M", help="break nothing more after M minutes; default: 20")
+    chaos.addoption("--chaos-period", type=float, metavar="S", help="mean seconds from blow to blow; default: 1")
+    chaos.addoption("--chaos-executor", default="local", choices=["local", "ray"], help="where programs are checked")
+    chaos.addoption("--chaos-long", action="store_true", help="also the scenarios that take longer than a few seconds")
+
+
 class NatsServer:
     """The real binary on a free port; can be killed and started again on the same store."""
 

@@ -1,22 +1,25 @@
 """Configuration: YAML merged by OmegaConf, every key and type checked by msgspec once, at start-up.
 
-The defaults are the structs of `settings.py`; YAML files and `key=value` arguments only override. Environment variables
-configure nothing. Errors name the key and the file it came from.
+The defaults are the structs of `settings.py`; YAML files, `env.yaml` and `key=value` arguments only override, in this
+order. Environment variables configure nothing. Errors name the key, and the file and line where it was written.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from gym_bus.errors import ConfigError, did_you_mean
+from gym_bus.inherit import MISSING, apply_inheritance
+from gym_bus.origins import Layer, Origins, Place, dotted, leaves, written_at
 from gym_bus.settings import (
     AgentConfig,
     BusConfig,
@@ -29,6 +32,7 @@ from gym_bus.settings import (
     MiB,
     ModelConfig,
     RayConfig,
+    RegistryConfig,
     ResultsConfig,
     RetryConfig,
     SimulatedConfig,
@@ -49,6 +53,8 @@ __all__ = [
     "MiB",
     "ModelConfig",
     "RayConfig",
+    "RegistryConfig",
+    "Resolved",
     "ResultsConfig",
     "RetryConfig",
     "SimulatedConfig",
@@ -57,14 +63,39 @@ __all__ = [
     "check",
     "file_layers",
     "load_config",
+    "merge_layers",
     "override_layers",
     "read_yaml",
+    "resolve",
 ]
 
 T = TypeVar("T")
 
+SERVER_KINDS = ("responses_api_models", "resources_servers", "responses_api_agents")
+"""Keys by which a block is a server of a NeMo Gym configuration."""
+
+FLAT = {
+    "policy_base_url": "models.policy.base_url",
+    "policy_model_name": "models.policy.model",
+    "policy_api_key": "models.policy.api_key",
+    "mlflow_tracking_uri": "registry.mlflow_tracking_uri",
+    "mlflow_tracking_token": "registry.mlflow_tracking_token",
+    "hf_token": "registry.hf_token",
+    "hf_endpoint": "registry.hf_endpoint",
+    "hf_organization": "registry.hf_organization",
+    "hf_dataset_prefix": "registry.hf_dataset_prefix",
+    "hf_collection": "registry.hf_collection",
+}
+"""NeMo Gym's top-level keys, and the settings that they are. They may stand wherever a setting may."""
+
+ENV_FILE = Path("env.yaml")
+"""Variables and secrets, in the working directory."""
+
 _AT_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<field>[^`]*)`")
+_NOT_LISTED = re.compile(r"Invalid (?:enum )?value '(?P<value>[^']*)'")
+_NO_KEY = re.compile(r"Interpolation key '(?P<name>[^']*)' not found")
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -75,6 +106,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror or e}") from None
+    except GrammarParseError as e:
+        key = str(getattr(e, "full_key", ""))
+        raise ConfigError(
+            f"{written_at(path, key)}: key {key!r}: `${{` starts an interpolation, which this is not; "
+            "write `\\${` for the text itself"
+        ) from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -84,17 +121,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
 
 
-def check(type_: type[T], data: Any, where: str | Mapping[str, str], at: str = "") -> T:
+def check(type_: type[T], data: Any, where: str | Origins, at: str = "") -> T:
     """`data` as the struct `type_`, every key and type checked.
 
     Args:
         type_: a msgspec struct that forbids unknown fields.
         data: plain containers.
-        where: the source of the data for error messages; or, by dotted key, where each key was set.
+        where: the source of the data for error messages; or where each key was set.
         at: the dotted key under which `data` stands in its source, empty for the top.
 
     Raises:
-        ConfigError: names the key, its source, and near misses of a misspelt key.
+        ConfigError: names the key, its source, near misses of a misspelt key, and the values that a key may have.
     """
     try:
         return msgspec.convert(data, type_)
@@ -102,84 +139,260 @@ def check(type_: type[T], data: Any, where: str | Mapping[str, str], at: str = "
         raise ConfigError(_explain(type_, str(e), where, at)) from None
 
 
-def _explain(type_: Any, error: str, where: str | Mapping[str, str], at: str) -> str:
+def _explain(type_: Any, error: str, where: str | Origins, at: str) -> str:
     found = _AT_PATH.match(error)
     what, raw_path = (found["what"], found["path"] or "$") if found else (error, "$")
     path = raw_path.removeprefix("$").removeprefix(".")
     full = ".".join(part for part in (at, path) if part)
-    unknown = _UNKNOWN.match(what)
-    if unknown:
+    if unknown := _UNKNOWN.match(what):
         key = f"{full}.{unknown['field']}".lstrip(".")
-        hint = did_you_mean(unknown["field"], _fields_at(type_, path))
-        return f"{_source(key, where)}: unknown key {key!r}: {hint}"
-    return f"{_source(full, where)}: key {full or 'at the top'!r}: {what[0].lower()}{what[1:]}"
+        return f"{_source(key, where)}: unknown key {key!r}: {did_you_mean(unknown['field'], _fields_at(type_, path))}"
+    said = f"{_source(full, where)}: key {full or 'at the top'!r}: "
+    if (listed := _NOT_LISTED.match(what)) and (choices := _choices_at(type_, path)):
+        return f"{said}unknown {listed['value']!r}: {did_you_mean(listed['value'], choices)}"
+    return f"{said}{what[0].lower()}{what[1:]}"
 
 
-def _source(key: str, where: str | Mapping[str, str]) -> str:
-    if isinstance(where, str):
-        return where
-    parts = key.split(".")
-    for end in range(len(parts), 0, -1):
-        if (source := where.get(".".join(parts[:end]))) is not None:
-            return source
-    return "configuration"
+def _source(key: str, where: str | Origins) -> str:
+    return where if isinstance(where, str) else where.nearest(key)
 
 
-def _fields_at(type_: Any, path: str) -> Iterable[str]:
-    for part in [p for p in re.split(r"[.\[]", path) if p]:
-        if isinstance(type_, type) and issubclass(type_, msgspec.Struct) and part in get_type_hints(type_):
-            type_ = get_type_hints(type_)[part]
-        else:  # a mapping's value or a list's item
-            type_ = (get_args(type_) or (None,))[-1 if part == "...]" or part.startswith("..") else 0]
-    options = [type_, *get_args(type_)]
-    return [
-        name for o in options if isinstance(o, type) and issubclass(o, msgspec.Struct) for name in get_type_hints(o)
-    ]
+def _fields_at(type_: Any, path: str) -> list[str]:
+    return [name for struct in _types_at(type_, path) for name in get_type_hints(struct)]
 
 
-class Layer(msgspec.Struct, frozen=True):
-    """One source of settings, for error messages and for `config resolve`."""
+def _choices_at(type_: Any, path: str) -> list[str]:
+    """What may be written at `path` where only certain texts may."""
+    owner, _, name = path.rpartition(".")
+    choices = [str(choice) for t in _types_at(type_, path, structs=False) for choice in _literals(t)]
+    # The key that says which of several structs is meant is none of their fields.
+    tagged = [s for s in _types_at(type_, owner) if s.__struct_config__.tag_field == name]
+    return choices or [str(s.__struct_config__.tag) for s in tagged]
 
-    name: str
-    values: dict[str, Any]
+
+def _literals(type_: Any) -> tuple[Any, ...]:
+    return get_args(type_) if get_origin(type_) is Literal else ()
+
+
+def _types_at(type_: Any, path: str, *, structs: bool = True) -> list[Any]:
+    """The types that a value at `path`, as msgspec writes it, may have."""
+    types = list(_options(type_))
+    for part in re.findall(r"\[[^\]]*\]|[^.\[\]]+", path):
+        inner: list[Any] = []
+        for option in types:
+            if part.startswith("["):  # `[3]` of a list, `[...]` of a mapping
+                inner += [arg for arg in get_args(option)[-1 if part == "[...]" else 0 :][:1] if arg is not ...]
+            elif _is_struct(option):
+                inner += [hint for name, hint in get_type_hints(option).items() if name == part]
+        types = [option for one in inner for option in _options(one)]
+    return [t for t in types if _is_struct(t)] if structs else types
+
+
+def _options(type_: Any) -> Iterator[Any]:
+    """The members of a union, or the type alone."""
+    if get_origin(type_) is Annotated:
+        yield from _options(get_args(type_)[0])
+    elif get_origin(type_) in (Union, UnionType):
+        for member in get_args(type_):
+            yield from _options(member)
+    else:
+        yield type_
+
+
+def _is_struct(type_: Any) -> bool:
+    return isinstance(type_, type) and issubclass(type_, msgspec.Struct)
 
 
 def override_layers(overrides: Sequence[str]) -> list[Layer]:
-    """One layer per `key=value` argument; values are read as YAML. Raises ConfigError for anything else."""
-    layers = []
-    for text in overrides:
-        key, equals, _ = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w\-]*(\.[\w\-]+)*", key):
-            shown = repr(key) if re.fullmatch(r"[a-z_][\w.]*", key) else "without a key"  # it may hold a secret
-            raise ConfigError(f"argument {shown}: expected key=value, such as agent.concurrency=64")
-        try:
-            node = OmegaConf.from_dotlist([text])
-        except (YAMLError, OmegaConfBaseException):
-            raise ConfigError(f"argument {key}=...: the value is not valid YAML") from None
-        values = cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
-        layers.append(Layer(f"argument {key}=...", values))
-    return layers
+    """One layer per `key=value` argument; values are read as YAML. Raises ConfigError for anything else.
+
+    A `+` or `++` before the key, as Hydra wants it, changes nothing.
+    """
+    return [_override(text.lstrip("+")) for text in overrides]
 
 
-def file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
-    """The layers of a YAML file: those of its `config_paths`, in their order, then its own."""
-    resolved = path.resolve()
-    if resolved in seen:
-        chain = " -> ".join(str(p) for p in (*seen, resolved))
+def _override(text: str) -> Layer:
+    key, equals, _ = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w\-]*(\.[\w\-]+)*", key):
+        shown = repr(key) if re.fullmatch(r"[a-z_][\w.]*", key) else "without a key"  # it may hold a secret
+        raise ConfigError(f"argument {shown}: expected key=value, such as agent.concurrency=64")
+    if key == "config_paths":
+        raise ConfigError("argument config_paths=...: files are given with --config FILE, once for each")
+    try:
+        node = OmegaConf.from_dotlist([text])
+    except (YAMLError, OmegaConfBaseException):
+        raise ConfigError(f"argument {key}=...: the value is not valid YAML") from None
+    return Layer(f"argument {key}=...", cast(dict[str, Any], OmegaConf.to_container(node, resolve=False)))
+
+
+def file_layers(paths: Sequence[Path]) -> list[Layer]:
+    """The layers of YAML files: of each first those of its `config_paths`, in their order, then its own.
+
+    A file that is included more than once counts once, before the first one that needs it.
+    """
+    layers: dict[Path, Layer] = {}
+    for path in paths:
+        _collect(path, (), layers)
+    return list(layers.values())
+
+
+def _collect(path: Path, trail: tuple[Path, ...], layers: dict[Path, Layer]) -> None:
+    place = path.resolve()
+    if place in trail:
+        chain = " -> ".join(str(p) for p in (*trail, place))
         raise ConfigError(f"{path}: config_paths include each other: {chain}")
+    if place in layers:
+        return
     values = read_yaml(path)
-    included = values.pop("config_paths", [])
+    included = values.pop("config_paths", None) or []
+    layer = Layer(str(path), values, path)
     if not isinstance(included, list) or not all(isinstance(p, str) for p in included):
-        raise ConfigError(f"{path}: key 'config_paths': expected a list of file names")
-    layers = [layer for name in included for layer in file_layers(path.parent / name, (*seen, resolved))]
-    return [*layers, Layer(str(path), values)]
+        raise ConfigError(f"{layer.origin('config_paths')}: key 'config_paths': expected a list of file names")
+    for i, name in enumerate(included):
+        _collect(find_file(name, path, layer.origin(f"config_paths[{i}]")), (*trail, place), layers)
+    layers[place] = layer
 
 
-def _dotted(values: Any, prefix: str = "") -> Iterable[str]:
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield f"{prefix}{key}"
-            yield from _dotted(value, f"{prefix}{key}.")
+def find_file(name: str, beside: Path, where: str) -> Path:
+    """A file that a configuration names: beside it, in the working directory, or from a folder above it.
+
+    The last is how NeMo Gym's files name each other: from the root of the checkout that they lie in.
+
+    Raises:
+        ConfigError: there is none; says where it was looked for.
+    """
+    above = beside.resolve().parent.parents
+    places = [beside.parent / name, Path(name), *(folder / name for folder in above)]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ConfigError(
+        f"{where}: no file {name!r} in {beside.parent}, in the working directory or in a folder above; "
+        "check the spelling, or write the whole path"
+    )
+
+
+def merge_layers(layers: Sequence[Layer], name: str = "configuration") -> tuple[dict[str, Any], Origins]:
+    """All layers merged, later ones winning, and blocks inherited; interpolations are not resolved.
+
+    Args:
+        layers: in their order.
+        name: what an error calls the whole.
+
+    Raises:
+        ConfigError: the layers do not fit together; names the key and its file.
+    """
+    origins = Origins(name)
+    merged: Any = OmegaConf.create({})
+    for layer in layers:
+        origins.add(layer)
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.create(layer.values))
+        except (OmegaConfBaseException, TypeError, ValueError) as e:
+            raise ConfigError(f"{layer.name}: cannot be merged with what was before it: {_first_line(e)}") from None
+    plain = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=False))
+    return apply_inheritance(plain, origins), origins
+
+
+def interpolate(
+    values: dict[str, Any],
+    origins: Origins,
+    *,
+    remedy: str,
+    lacking: Callable[[str], str],
+    only: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """`values` with every `${...}` replaced by what it names.
+
+    Args:
+        values: unresolved, merged.
+        origins: where they were written.
+        remedy: how a value that is still `???` can be given.
+        lacking: what to say of a name that no key has.
+        only: the top-level keys that are wanted; nothing else is looked at or returned.
+
+    Raises:
+        ConfigError: names every value that is still `???`, or every interpolation that leads nowhere.
+    """
+    chosen = values if only is None else {key: values[key] for key in only}
+    if missing := [dotted(place) for place, value in leaves(chosen) if value == MISSING]:
+        raise ConfigError(
+            "missing values: "
+            + ", ".join(f"{key} ({origins.nearest(key)})" for key in missing)
+            + f"; give {'it' if len(missing) == 1 else 'each'} {remedy}"
+        )
+    node = OmegaConf.create(values)
+    problems = [
+        f"{origins.nearest(dotted(place))}: key {dotted(place)!r}: {problem}"
+        for place, text in leaves(chosen)
+        if isinstance(text, str) and "${" in text and (problem := _problem(node, place, text, lacking))
+    ]
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return {key: _plain(node[key]) for key in chosen}
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _problem(node: Any, place: Place, text: str, lacking: Callable[[str], str]) -> str | None:
+    """What is wrong with the interpolation `text` at `place`; None where nothing is."""
+    if _ENVIRONMENT.search(text):
+        return "environment variables configure nothing: write the value itself"
+    try:
+        for part in place:
+            node = node[part]
+    except InterpolationKeyError as e:
+        found = _NO_KEY.search(str(e))
+        return lacking(found["name"] if found else "?")
+    except OmegaConfBaseException as e:
+        return _first_line(e)
+    return None
+
+
+def _lacking(env: Layer | None) -> Callable[[str], str]:
+    """What to say of an interpolation that names neither a setting nor a key of `env.yaml`."""
+
+    def say(name: str) -> str:
+        if env is None:
+            return (
+                f"${{{name}}} names no key, and there is no {ENV_FILE} in the working directory: make one with the "
+                f"line `{name}: ...`, and keep it out of git"
+            )
+        known = did_you_mean(name, map(str, env.values))
+        return f"${{{name}}} names no key: add the line `{name}: ...` to {env.name}; {known}"
+
+    return say
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+class Resolved(msgspec.Struct, frozen=True):
+    """A configuration, merged, before its keys and types are checked."""
+
+    values: dict[str, Any]
+    """Settings, every `${...}` replaced by what it names."""
+    written: dict[str, Any]
+    """Settings and variables, every `${...}` as it was written."""
+    variables: dict[str, Any]
+    """What `env.yaml` has beside settings, and NeMo Gym's flat keys wherever they stand."""
+    origins: Origins
+
+    def config(self) -> Config:
+        """The settings, checked. Raises ConfigError naming the key, and the file and line where it was written."""
+        for key, value in self.values.items():
+            if key not in Config.__struct_fields__ and isinstance(value, dict) and value.keys() & set(SERVER_KINDS):
+                raise ConfigError(
+                    f"{self.origins.nearest(key)}: key {key!r} is a server of NeMo Gym: here models stand under "
+                    "`models`, and a benchmark is named by its folder or its file"
+                )
+        models = self.values.get("models")
+        for name, model in models.items() if isinstance(models, dict) else ():
+            check(ModelConfig, model, self.origins, at=f"models.{name}")  # msgspec does not name a mapping's key
+        return check(Config, self.values, self.origins)
 
 
 def load_config(
@@ -192,35 +405,51 @@ def load_config(
     """The configuration: defaults, then `base`, the files in order, `env_file` where it exists, then `key=value`.
 
     Keys of `env_file` that are no settings are variables for `${...}` and nothing else.
+
+    Raises:
+        ConfigError: names the key, and the file and line where it was written.
     """
-    layers = [*base, *(layer for path in files for layer in file_layers(path))]
-    variables: set[str] = set()
-    if env_file is not None and env_file.exists():
-        env = Layer(str(env_file), read_yaml(env_file))
-        variables = set(env.values) - set(Config.__struct_fields__)
-        layers.append(env)
-    layers += override_layers(overrides)
-    where = {key: layer.name for layer in layers for key in _dotted(layer.values)}
-    try:
-        merged = (
-            OmegaConf.merge(*(OmegaConf.create(layer.values) for layer in layers)) if layers else OmegaConf.create({})
-        )
-        plain = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True, throw_on_missing=False))
-    except OmegaConfBaseException as e:
-        key = getattr(e, "full_key", "") or ""
-        raise ConfigError(f"{_source(key, where)}: key {key!r}: {str(e).splitlines()[0]}") from None
-    settings = {key: value for key, value in plain.items() if key not in variables}
-    if missing := [key for key in _dotted_leaves(settings) if key[1] == "???"]:
-        raise ConfigError("missing values: " + ", ".join(f"{key} ({_source(key, where)})" for key, _ in missing))
-    if isinstance(models := settings.get("models"), dict):
-        for name, model in models.items():  # one by one: msgspec does not name the key of a mapping
-            check(ModelConfig, model, where, at=f"models.{name}")
-    return check(Config, settings, where)
+    return resolve(files, overrides, env_file=env_file, base=base).config()
 
 
-def _dotted_leaves(values: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _dotted_leaves(value, f"{prefix}{key}.")
-    else:
-        yield prefix.rstrip("."), values
+def resolve(
+    files: Sequence[Path] = (),
+    overrides: Sequence[str] = (),
+    *,
+    env_file: Path | None = None,
+    base: Sequence[Layer] = (),
+) -> Resolved:
+    """As `load_config`, before keys and types are checked."""
+    env = Layer(str(env_file), read_yaml(env_file), env_file) if env_file is not None and env_file.exists() else None
+    named, given = file_layers(files), override_layers(overrides)
+    with_policy = any("policy_base_url" in layer.values for layer in (*([env] if env else []), *named, *given))
+    flat = [_flat(env, with_policy)] if env else []
+    layers = [*base, *flat, *_with_flat(named, with_policy)]
+    layers += [env] if env else []
+    layers += _with_flat(given, with_policy)
+    written, origins = merge_layers(layers)
+    remedy = "as key=value, or in a file that is read later"
+    values = interpolate(written, origins, remedy=remedy, lacking=_lacking(env))
+    names = (set(env.values if env else ()) - set(Config.__struct_fields__)) | FLAT.keys()
+    variables = {key: value for key, value in values.items() if key in names}
+    settings = {key: value for key, value in values.items() if key not in names}
+    return Resolved(settings, written, variables, origins)
+
+
+def _with_flat(layers: Iterable[Layer], with_policy: bool) -> Iterator[Layer]:
+    for layer in layers:
+        yield from (layer, _flat(layer, with_policy))
+
+
+def _flat(layer: Layer, with_policy: bool) -> Layer:
+    """NeMo Gym's top-level keys in a layer as the settings that they are."""
+    written = {
+        setting: key
+        for key, setting in FLAT.items()
+        if key in layer.values and (with_policy or not key.startswith("policy_"))
+    }
+    node = OmegaConf.create({})
+    for setting, key in written.items():
+        OmegaConf.update(node, setting, layer.values[key])
+    values = cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
+    return Layer(layer.name, values, layer.path, written)

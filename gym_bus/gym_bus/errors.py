@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import enum
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 
 class FailureKind(enum.StrEnum):
@@ -28,6 +28,8 @@ class FailureKind(enum.StrEnum):
     """The conversation no longer fits the model's context window."""
     AGENT_ERROR = "agent_error"
     """The agent raised: a fault in its code or its configuration."""
+    TOOL_ERROR_BUDGET = "tool_error_budget"
+    """The rollout's tools broke down more often than its agent's `tool_error_budget` allows."""
     VERIFIER_ERROR = "verifier_error"
     """The verifier raised: a fault in its code."""
     SANDBOX_LOST = "sandbox_lost"
@@ -46,22 +48,91 @@ class FailureKind(enum.StrEnum):
     """The bus no longer holds the rollout at any stage, more often than it is issued again."""
 
 
-RETRYABLE = frozenset(
-    {
-        FailureKind.MODEL_UNREACHABLE,
-        FailureKind.RATE_LIMITED,
-        FailureKind.MODEL_TIMEOUT,
-        FailureKind.MODEL_ERROR,
-        FailureKind.SANDBOX_LOST,
-        FailureKind.JUDGE_FAILED,
-        FailureKind.DEADLINE,
-        FailureKind.CANCELLED,
-        FailureKind.POISON,
-        FailureKind.LOST,
-        FailureKind.AGENT_ERROR,
-        FailureKind.VERIFIER_ERROR,
-    }
+class Repeat(NamedTuple):
+    """What gym_bus repeats by itself, within one attempt at a rollout."""
+
+    what: str
+    """The thing that is done again; all else of the rollout stands."""
+    limit: str
+    """The setting that says how often, as a dotted path."""
+    delay: str
+    """In between; `{path}` stands for the value of a setting."""
+
+
+class Treatment(NamedTuple):
+    """How one kind of failure is treated."""
+
+    repeats: tuple[Repeat, ...]
+    """What is done before the rollout counts as failed; empty where no repetition can help."""
+    again: bool
+    """Whether the next run of the same command makes another attempt, `results.max_attempts` in all. `eval replay`
+    makes one whatever this says."""
+    advice: str
+    """What the user should do."""
+
+
+_WAITS = "{models.NAME.retry.wait_s} s, doubled every time up to {models.NAME.retry.max_wait_s} s, jittered"
+_DELIVERIES = Repeat(
+    "the delivery to a worker", "bus.max_deliver", "{bus.ack_wait_s} s after the worker was last heard"
 )
+
+
+def _call(kind: str, delay: str = _WAITS) -> tuple[Repeat, ...]:
+    return (Repeat("the model call", f"models.NAME.retry.{kind}", delay),)
+
+
+TREATMENTS: dict[FailureKind, Treatment] = {
+    FailureKind.MODEL_UNREACHABLE: Treatment(
+        _call("unreachable"), True, "start the endpoint, check `base_url`, then run the command again"
+    ),
+    FailureKind.RATE_LIMITED: Treatment(
+        _call("rate_limited", f"as its `Retry-After` says, else {_WAITS}"),
+        True,
+        "lower `agent.concurrency`, or raise `retry.rate_limited` and `retry.budget_s`; then run again",
+    ),
+    FailureKind.MODEL_TIMEOUT: Treatment(
+        _call("timeout"), True, "raise `read_limit_s` or `call_limit_s`, or lower the concurrency; then run again"
+    ),
+    FailureKind.MODEL_ERROR: Treatment(
+        _call("server_error"), True, "look at the endpoint's log, its own words are in the failure; then run again"
+    ),
+    FailureKind.REQUEST_REFUSED: Treatment(
+        (), False, "correct the request (sampling parameters, model name, tools) or the endpoint; then `eval replay`"
+    ),
+    FailureKind.CONTEXT_TOO_LONG: Treatment(
+        (), False, "shorten the prompt, which makes another job, or serve a longer context and `eval replay`"
+    ),
+    FailureKind.AGENT_ERROR: Treatment(
+        (), True, "mend the agent, the traceback's end is in the failure; then run again"
+    ),
+    FailureKind.TOOL_ERROR_BUDGET: Treatment((), True, "mend what the tools stand on; then run again"),
+    FailureKind.VERIFIER_ERROR: Treatment(
+        (), True, "mend the verifier, then `eval replay --class verifier_error`: no model is asked again"
+    ),
+    FailureKind.SANDBOX_LOST: Treatment(
+        (
+            Repeat("the check", "verifier.tries", "none"),
+            Repeat("the delivery to a worker", "bus.max_deliver", "1 s, doubled every time up to 30 s, jittered"),
+        ),
+        True,
+        "look for memory pressure on the verifier's machine; then run again",
+    ),
+    FailureKind.JUDGE_FAILED: Treatment((), True, "start the judge's endpoint; then run again"),
+    FailureKind.TASK_BROKEN: Treatment((), False, "correct the row of the data set, which makes another job"),
+    FailureKind.DEADLINE: Treatment(
+        (), True, "`eval replay --class deadline --limit-s SECONDS`, or a job with a larger `job.limit_s`"
+    ),
+    FailureKind.CANCELLED: Treatment((), True, "run the command again to go on, as often as you like"),
+    FailureKind.POISON: Treatment((_DELIVERIES,), True, "look at the worker's log; then run again"),
+    FailureKind.LOST: Treatment(
+        (Repeat("the order on the bus", "results.issue_limit", "{results.idle_s} s without progress of the job"),),
+        True,
+        "look at the server's limits and disk; then run again",
+    ),
+}
+"""What happens to every kind of failure, in one place; docs/reference/failures.md is made from it."""
+
+RETRYABLE = frozenset(kind for kind, treatment in TREATMENTS.items() if treatment.again)
 """Kinds that running the job again may mend. The others need the task, the request or the configuration to change."""
 
 
@@ -166,6 +237,12 @@ class AgentError(GymBusError):
     kind = FailureKind.AGENT_ERROR
 
 
+class ToolBudgetExceeded(GymBusError):
+    """The tools of a rollout broke down more often than its agent allows."""
+
+    kind = FailureKind.TOOL_ERROR_BUDGET
+
+
 class VerifierError(GymBusError):
     """The verifier's own code failed."""
 
@@ -183,6 +260,10 @@ class SandboxError(GymBusError):
 
     kind = FailureKind.SANDBOX_LOST
     retryable = True
+
+
+class SandboxRefused(SandboxError):
+    """This machine's sandbox does not run it: a level, a language or a tool is not to be had here."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

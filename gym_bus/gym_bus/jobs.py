@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import Any, Literal
 
 import msgspec
@@ -54,7 +56,11 @@ class JobRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     def group_size(self, task_index: int) -> int:
         """Rollouts of a task; 0 for a task that the job does not have."""
-        return next((n for first, tasks, n in self.spans if first <= task_index < first + tasks), 0)
+        at = bisect_right(self.spans, task_index, key=itemgetter(0)) - 1
+        if at < 0:
+            return 0
+        first, tasks, rollouts = self.spans[at]
+        return rollouts if task_index < first + tasks else 0
 
     @property
     def over(self) -> bool:
@@ -63,7 +69,9 @@ class JobRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class JobProgress(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """How far a job is, under `<job>.progress`; written by the results consumer about once a second."""
+    """How far a job is, under `<job>.progress`; written by the results consumer about once a second where something
+    has changed, else every few seconds.
+    """
 
     scored: int = 0
     failed: dict[str, int] = {}
@@ -75,6 +83,10 @@ class JobProgress(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Seconds since the epoch."""
     output: str = ""
     """Where the files are, on the machine of the results consumer."""
+    sequence: int = 0
+    """Up to where the results consumer has recorded the result stream."""
+    retrying: int = 0
+    """Failed rollouts that are being tried again; they still count as failed."""
 
     @property
     def recorded(self) -> int:

@@ -206,9 +206,13 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed.v1"):
     """As in the request; `{}` where the message could not be read."""
     response: bytes = b""
     """The Responses object where generation had succeeded, else empty."""
+    extra: bytes = b"{}"
+    """JSON object: the agent's fields for the result row, where generation had succeeded."""
     group_size: int = 1
     policy: Policy | None = None
     usage: Usage = Usage()
+    calls: tuple[Call, ...] = ()
+    """As in the attempt: a stored attempt can be verified again, and is then worth as much as any other."""
     timings: Timings = msgspec.field(default_factory=Timings)
     agent_worker: str = ""
     verifier_worker: str = ""

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from gym_bus.errors import BusError, UsageError
 from gym_bus.logs import get_logger
-from gym_bus.settings import EmbeddedConfig
+from gym_bus.settings import EmbeddedConfig, MiB
 
 log = get_logger(__name__)
 
@@ -36,6 +37,13 @@ jetstream {{
 
 _PR_SET_PDEATHSIG = 1
 RESTART_WAIT_S = 0.2
+STOP_LIMIT_S = 10.0
+DISK_LOOK_S = 1.0
+ROOM_BYTES = 64 * MiB
+ROOM_SHARE = 0.05
+"""A disk has room again with so many bytes free, or with this share of it."""
+_CANNOT_WRITE = (b"no space left on device", b"Critical write error", b"will be DISABLED")
+"""What the server logs when it stops writing to a stream. It does not try again before it is started anew."""
 
 
 def find_binary() -> str:
@@ -55,6 +63,18 @@ def free_port() -> int:
         return port
 
 
+def running_at(store: Path) -> str | None:
+    """The address of the server that keeps its streams in `store`, as a local run's does; None where none runs."""
+    with contextlib.suppress(OSError, AttributeError):
+        config = (store / "server.conf").read_text()
+        host, port = re.search(r'listen: "(.+):(\d+)"', config).groups()  # type: ignore[union-attr]
+        name = re.search(r'server_name: "(.+)"', config)[1]  # type: ignore[index]
+        with socket.create_connection((host, int(port)), 1.0) as connection:
+            if name.encode() in connection.recv(4096):  # and not whoever else listens on that port by now
+                return f"nats://{host}:{port}"
+    return None
+
+
 def die_with_parent() -> None:
     """Have the kernel kill this process when the thread that started it is gone. For `preexec_fn`."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -67,6 +87,8 @@ class EmbeddedServer:
         self._store, self._config = store, config
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
+        self._disk_watch: asyncio.Task[None] | None = None
+        self._log_read_to = 0
         self._binary = find_binary()
         self._name = f"gym-bus-{secrets.token_hex(6)}"
         self._lock: int | None = None
@@ -103,6 +125,7 @@ class EmbeddedServer:
         )
         await self._launch()
         self._supervisor = asyncio.create_task(self._supervise(), name="nats-server supervisor")
+        self._disk_watch = asyncio.create_task(self._watch_disk(), name="nats-server disk watch")
 
     def _take_store(self) -> None:
         try:
@@ -115,7 +138,8 @@ class EmbeddedServer:
             raise UsageError(f"{self._store}: cannot be written: {e.strerror or e}") from None
 
     async def _launch(self) -> None:
-        with (self._store / "server.log").open("ab") as output:
+        with self._log.open("ab") as output:
+            self._log_read_to = output.tell()
             # its own session: Ctrl-C in the terminal goes to the CLI, which stops the server last
             self._process = await asyncio.create_subprocess_exec(
                 self._binary,
@@ -144,9 +168,13 @@ class EmbeddedServer:
         writer.close()
         return self._name.encode() in greeting  # and not whoever else listens on that port
 
+    @property
+    def _log(self) -> Path:
+        return self._store / "server.log"
+
     def _log_tail(self) -> str:
         with contextlib.suppress(OSError):
-            return (self._store / "server.log").read_text(errors="replace")[-800:]
+            return self._log.read_text(errors="replace")[-800:]
         return "no log"
 
     async def _supervise(self) -> None:
@@ -160,15 +188,43 @@ class EmbeddedServer:
                 log.error("nats_server_restart_failed", error=str(e))
                 await asyncio.sleep(1.0)
 
-    async def stop(self, limit_s: float = 10.0) -> None:
+    async def _watch_disk(self) -> None:
+        """Start the server anew when its disk was full and has room again; publishers wait until then."""
+        full = False
+        while True:
+            await asyncio.sleep(DISK_LOOK_S)
+            if not full and await asyncio.to_thread(self._cannot_write):
+                full = True
+                log.error("nats_server_cannot_write", store=str(self._store), remedy="make room on its disk")
+            if full and self._has_room():
+                full = False
+                await self._end_process(STOP_LIMIT_S)  # the supervisor starts it
+
+    def _cannot_write(self) -> bool:
+        with contextlib.suppress(OSError), self._log.open("rb") as log_file:
+            log_file.seek(self._log_read_to)
+            said = log_file.read()
+            self._log_read_to += len(said)
+            return any(words in said for words in _CANNOT_WRITE)
+        return False
+
+    def _has_room(self) -> bool:
+        disk = shutil.disk_usage(self._store)
+        return disk.free >= min(ROOM_BYTES, ROOM_SHARE * disk.total)
+
+    async def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
         """Stop cleanly: the store is synced."""
-        if self._supervisor:
-            self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
+        for task in (self._disk_watch, self._supervisor):
+            if task:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        await self._end_process(limit_s)
+        self._release_store()
+
+    async def _end_process(self, limit_s: float) -> None:
         process = self._process
         if process is None or process.returncode is not None:
-            self._release_store()
             return
         process.send_signal(signal.SIGTERM)
         try:
@@ -176,7 +232,6 @@ class EmbeddedServer:
         except TimeoutError:
             process.kill()
             await process.wait()
-        self._release_store()
 
     def _release_store(self) -> None:
         if self._lock is not None:

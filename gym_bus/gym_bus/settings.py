@@ -46,7 +46,8 @@ class BusConfig(_Section, frozen=True):
     """The NATS server and what is kept on it."""
 
     url: str | None = None
-    """`nats://host:port` of a running server, version 2.11 or newer; null starts an embedded one."""
+    """`nats://host:port` of a running server, version 2.11 or newer, or of several servers of one cluster with commas
+    between them; null starts an embedded one."""
     credentials: str | None = None
     """Path of a NATS credentials file."""
     embedded: EmbeddedConfig = EmbeddedConfig()
@@ -241,6 +242,24 @@ class LocalConfig(_Section, frozen=True):
     """Keep the embedded server's store after the job is complete."""
 
 
+class RegistryConfig(_Section, frozen=True):
+    """Where data sets are kept: `gym-bus dataset upload`, `download` and `rm`. The tokens belong into `env.yaml`."""
+
+    mlflow_tracking_uri: str = ""
+    """Of a GitLab project's model registry, `https://host/api/v4/projects/ID/ml/mlflow`, or of an MLflow server."""
+    mlflow_tracking_token: str = ""
+    hf_token: str = ""
+    hf_endpoint: str = "https://huggingface.co"
+    hf_organization: str = ""
+    """Owner of data sets that are named without one."""
+    hf_dataset_prefix: str = ""
+    """Begins the names of uploaded data sets that are named after their benchmark."""
+    hf_collection: str = ""
+    """Slug of the collection that uploaded data sets are added to; empty for none."""
+    limit_s: Seconds = 60.0
+    """Seconds that a registry may take to answer one request."""
+
+
 class Config(_Section, frozen=True):
     """Everything that can be set."""
 
@@ -251,6 +270,7 @@ class Config(_Section, frozen=True):
     results: ResultsConfig = ResultsConfig()
     job: JobConfig = JobConfig()
     local: LocalConfig = LocalConfig()
+    registry: RegistryConfig = RegistryConfig()
     data_dir: str = ".gym_bus/data"
     """Where prepared data sets lie."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator
@@ -206,8 +207,9 @@ async def test_stored_messages_are_listed_with_their_ids(bus: Bus) -> None:
 
 
 async def test_deleting_what_is_gone_already_is_no_error(bus: Bus) -> None:
-    await bus.publish(a_request(), "job.0.0#1")
-    for sequence in (1, 1, 4711):
+    for i in range(3):
+        await bus.publish(a_request(task=i), f"job.{i}.0#1")
+    for sequence in (2, 2, 1, 1, 3, 3, 4711):  # between others, the first, the last, none
         await bus.delete(subjects.REQUESTS, sequence)
     assert await bus.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 0
 
@@ -357,10 +359,25 @@ async def test_a_server_that_is_away_is_a_bus_error(own_server: NatsServer, monk
                 await call
 
 
+async def test_setting_up_waits_for_a_server_that_stands_still(own_server: NatsServer) -> None:
+    assert own_server.process
+    async with await Bus.connect(BusConfig(url=own_server.url)) as bus:
+        bus.js._timeout = 0.3
+        own_server.process.send_signal(signal.SIGSTOP)
+        asyncio.get_running_loop().call_later(0.45, own_server.process.send_signal, signal.SIGCONT)
+        assert subjects.REQUESTS in await bus.init()
+
+
+async def test_one_server_of_several_is_enough(own_server: NatsServer) -> None:
+    async with await Bus.connect(BusConfig(url=f"nats://127.0.0.1:1, {own_server.url}")) as bus:
+        await bus.init()
+
+
 async def test_an_unreachable_server_is_named_without_its_password() -> None:
     with pytest.raises(BusError) as e:
-        await Bus.connect(BusConfig(url="nats://me:secret@127.0.0.1:1", connect_limit_s=1.0))
-    assert "127.0.0.1:1" in str(e.value)
+        url = "nats://me:secret@127.0.0.1:1,nats://me:secret@127.0.0.1:2"
+        await Bus.connect(BusConfig(url=url, connect_limit_s=1.0))
+    assert "nats://127.0.0.1:1,nats://127.0.0.1:2" in str(e.value)
     assert "secret" not in str(e.value)
 
 

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
+import pytest
 from conftest import until
 
 from gym_bus import subjects
@@ -112,7 +113,7 @@ async def test_no_more_than_the_concurrency_is_handled_at_a_time(bus: Bus) -> No
     handler = Handler(wait)
     async with looping(bus, handler, concurrency=5, prefetch=1) as loop:
         await order(bus, 30)
-        await until(lambda: loop.in_flight == 5 and loop.buffered == 1)
+        await until(lambda: handler.running == 5 and loop.buffered == 1)
         gate.set()
         await until(lambda: drained(bus))
     assert handler.most == 5
@@ -193,7 +194,9 @@ async def test_an_undecodable_message_ends_as_poison_and_blocks_nobody(bus: Bus)
     assert await waiting(bus, subjects.ATTEMPTS) == 3
 
 
-async def test_a_message_that_keeps_coming_back_ends_as_poison(bus: Bus) -> None:
+async def test_a_message_that_keeps_coming_back_ends_as_poison(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gym_bus.workers.loop.RETRY_MOST_S", 0.1)
+
     async def as_if_the_worker_died(message: Message) -> Attempt:
         raise BusError("no outcome")
 
@@ -298,7 +301,11 @@ async def test_handing_back_never_makes_a_message_poison(bus: Bus) -> None:
     assert await waiting(bus, subjects.RESULTS) == 0
 
 
-async def test_what_was_handed_back_still_ends_as_poison_where_it_kills_its_workers(bus: Bus) -> None:
+async def test_what_was_handed_back_still_ends_as_poison_where_it_kills_its_workers(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gym_bus.workers.loop.RETRY_MOST_S", 0.1)
+
     async def as_if_the_worker_died(message: Message) -> Attempt:
         raise BusError("no outcome")
 
@@ -313,7 +320,7 @@ async def test_what_was_handed_back_still_ends_as_poison_where_it_kills_its_work
     result = await the_result(bus)
     assert isinstance(result, Failed)
     assert result.failure.kind is FailureKind.POISON
-    assert len(dying.given) == 1
+    assert len(dying.given) == 2
     assert result.row == b'{"q":1}'
 
 
@@ -446,6 +453,75 @@ async def test_a_worker_that_dies_loses_its_lease_not_its_work(bus: Bus) -> None
         await until(lambda: len(handler.given) == 2)
         await living.drain(1.0)
         await dying.drain(0.0)
+
+
+async def die_of(culprit: int, bus: Bus, handler: Handler) -> bool:
+    """One life of a worker that dies of one message; True where there is none left to die of."""
+    died = asyncio.Event()
+
+    async def work(message: Message) -> Attempt:
+        if message.rollout.task_index == culprit:
+            died.set()
+            await forever(message)
+        await asyncio.sleep(0.03)  # the model takes its time: the culprit's company dies in mid-work
+        return an_attempt(message)
+
+    handler._do = work
+    async with await Bus.connect(BusConfig(url=bus.config.url, ack_wait_s=0.5, heartbeat_s=0.1)) as own:
+        sources = [Source(stream=subjects.REQUESTS, consumer="short", subject=subjects.request("batch", "simple", "*"))]
+        worker = Loop(own, handler, sources, concurrency=16, prefetch=4, max_ack_pending=1000, worker="mortal")
+        await worker.start()
+        await until(lambda: died.is_set() or drained(bus), 20)
+        if died.is_set():
+            await own.client.close()  # as a killed process: no goodbye
+        await worker.drain(0.0)
+    return not died.is_set()
+
+
+async def test_a_message_that_kills_its_workers_ends_as_poison_and_takes_no_other_with_it(bus: Bus) -> None:
+    handler = Handler(at_once)
+    await order(bus, 40)
+    for _ in range(bus.config.max_deliver):
+        assert not await die_of(7, bus, handler)
+    assert await die_of(7, bus, handler)
+    result = await the_result(bus, task=7)
+    assert isinstance(result, Failed)
+    assert result.failure.kind is FailureKind.POISON
+    assert await waiting(bus, subjects.RESULTS) == 1
+    assert await waiting(bus, subjects.ATTEMPTS) == 39
+    assert [m.rollout.task_index for m in handler.given].count(7) == bus.config.max_deliver
+
+
+async def test_an_order_that_was_stored_twice_is_worked_on_once(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gym_bus.bus.connection.DEDUPE_WINDOW_S", 0.1)
+    await bus.init()
+    gate = asyncio.Event()
+
+    async def wait(message: Message) -> Attempt:
+        await gate.wait()
+        return an_attempt(message)
+
+    async def stored_again() -> bool:
+        return await bus.publish(a_request(), "job.0.0#1")
+
+    handler = Handler(wait)
+    try:
+        await order(bus, 1)
+        async with looping(bus, handler) as loop:
+            await until(lambda: loop.in_flight == 1)
+            await until(stored_again)  # the broker has forgotten the first one's id, as after a restart
+            await until(lambda: both_are_leased(bus))
+            gate.set()
+            await until(lambda: drained(bus))
+    finally:
+        monkeypatch.undo()
+        await bus.init()
+    assert len(handler.given) == 1
+
+
+async def both_are_leased(bus: Bus) -> bool:
+    info = await bus.consumer_info(subjects.REQUESTS, "agent-batch-simple")
+    return bool(info.num_ack_pending == 2)
 
 
 async def forever(message: Message) -> Attempt:

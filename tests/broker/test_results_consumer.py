@@ -12,10 +12,10 @@ import pytest
 from conftest import until
 
 from gym_bus import subjects
-from gym_bus.bus import Bus
+from gym_bus.bus import Bus, Delivery, Pull
 from gym_bus.errors import FailureKind, UsageError
 from gym_bus.jobs import JobRecord
-from gym_bus.messages import Failed, Failure, Policy, RolloutId, Scored
+from gym_bus.messages import Attempt, Failed, Failure, Policy, Request, RolloutId, Scored
 from gym_bus.results.files import JobFiles
 from gym_bus.results.writer import ResultsWriter
 from gym_bus.settings import ResultsConfig
@@ -108,7 +108,7 @@ async def test_cancelling_a_run_that_tries_again_ends_it_at_once(bus: Bus, tmp_p
 
     with open_writer(job, files, QUICK) as writer:
         consumer = ResultsConsumer(bus, job, files, writer, QUICK, reissue)
-        assert await consumer.retry_failed() == 3
+        assert consumer.retry_failed() == 3
         running = asyncio.create_task(consumer.run())
         await cancel_job(bus, job)
         await asyncio.wait_for(running, LIMIT_S)
@@ -123,7 +123,7 @@ async def test_failures_that_no_repetition_mends_are_not_tried_again(bus: Bus, t
     with open_writer(job, files, QUICK) as writer:
         writer.append([(i + 1, failed(i, kind)) for i, kind in enumerate(kinds)])
 
-        assert await ResultsConsumer(bus, job, files, writer, QUICK, nothing).retry_failed() == 0
+        assert ResultsConsumer(bus, job, files, writer, QUICK, nothing).retry_failed() == 0
     assert files.failures.read_text().count('"_ng_failure_terminal":true') == 3
 
 
@@ -253,3 +253,39 @@ async def test_a_job_of_another_kind_of_run_is_enrolled_anew(bus: Bus) -> None:
 async def test_two_writers_of_one_folder_are_told_apart(tmp_path: Path) -> None:
     with open_writer(a_record(1), JobFiles(tmp_path), QUICK), pytest.raises(UsageError, match="already being written"):
         open_writer(a_record(1), JobFiles(tmp_path), QUICK)
+
+
+async def test_a_request_that_the_broker_kept_though_its_attempt_exists_is_no_failure(bus: Bus, tmp_path: Path) -> None:
+    rollout = RolloutId("job", 0, 0)
+    await bus.publish(Request(rollout=rollout, agent="simple", model="m", verifier="v", row=b"{}"), "job.0.0#1")
+    await bus.publish(
+        Attempt(rollout=rollout, agent="simple", verifier="v", row=b"{}", response=b"{}", policy=Policy(model="m")),
+        "job.0.0#1",
+    )
+    await use_up_the_deliveries(bus)
+    running = asyncio.create_task(record(bus, a_record(1), tmp_path))
+    await until(lambda: nothing_waits(bus))
+    assert await bus.count(subjects.RESULTS, subjects.results_of("job")) == 0
+    await bus.publish(scored(0), "job.0.0#1")
+    assert (await running).ledger.tally.scored == 1
+
+
+async def use_up_the_deliveries(bus: Bus) -> None:
+    """Deliver the one request once, which is all that its consumer does."""
+    got: list[Delivery] = []
+    subject = subjects.request("batch", "simple", "*")
+    await bus.consumer(subjects.REQUESTS, "test", subject, max_ack_pending=10, max_deliver=1)
+    pull = Pull(bus, subjects.REQUESTS, "test", got.append, lambda: 2 - len(got))
+    await pull.start()
+    await until(lambda: got)
+    await got[0].nak()
+    await until(lambda: is_stuck(bus))
+    await pull.stop()
+
+
+async def is_stuck(bus: Bus) -> bool:
+    return await bus.stuck_sequences(subjects.REQUESTS, subjects.requests_of("job")) != []
+
+
+async def nothing_waits(bus: Bus) -> bool:
+    return await bus.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 0

@@ -233,7 +233,7 @@ async def test_a_session_that_cannot_start_is_told_and_holds_no_place(monkeypatc
     class One(Hasty):
         most_sessions = 1
 
-    async def refuse(limits: object) -> Session:
+    async def refuse(limits: object, **_: object) -> Session:
         raise SandboxError("no namespaces")
 
     async with opened(One) as box:

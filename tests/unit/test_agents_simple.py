@@ -19,8 +19,8 @@ from gym_bus.agents.base import Context, Produced, Task, add_usage
 from gym_bus.agents.example_multi_step import ExampleMultiStep
 from gym_bus.agents.registry import AGENTS, TOOLBOXES
 from gym_bus.agents.simple import SimpleAgent
-from gym_bus.agents.tools import ToolError, call_tool
-from gym_bus.errors import DeadlineExceeded, ModelError, TaskError, UsageError
+from gym_bus.agents.tools import ToolError, call_tool, idempotency_key
+from gym_bus.errors import DeadlineExceeded, FailureKind, ModelError, TaskError, ToolBudgetExceeded, UsageError
 from gym_bus.messages import Call, RolloutId, Usage
 from gym_bus.models.api import CallInfo, Model, Reply, ResponseHead
 from gym_bus.models.registry import Models
@@ -305,6 +305,41 @@ async def test_what_a_tool_returns_is_text_or_json_for_the_model(box: type[Box],
     box.tools["give"] = give
 
     assert await call_tool(box({}, ROLLOUT), "give", "", 1.0) == text
+
+
+async def test_a_tool_call_that_breaks_down_is_not_repeated_and_counts_against_the_budget(box: type[Box]) -> None:
+    made = 0
+
+    async def crash() -> None:
+        nonlocal made
+        made += 1
+        raise ConnectionResetError("by peer")
+
+    async def refuse() -> None:
+        raise ToolError("not today")
+
+    box.tools.update(crash=crash, refuse=refuse)
+    endpoint = Endpoint(response(calls("crash"), calls("refuse", "b")), response(calls("crash")), response(says("2")))
+
+    with pytest.raises(ToolBudgetExceeded, match="2 tool calls broke down, 1 may; the last: crash: Connection") as e:
+        await run(endpoint, toolbox="box", tool_error_budget=1)
+
+    assert (made, len(endpoint.bodies), e.value.kind) == (2, 2, FailureKind.TOOL_ERROR_BUDGET)
+
+
+async def test_every_delivery_of_a_rollout_names_its_tool_calls_alike(box: type[Box]) -> None:
+    keys: list[str] = []
+
+    async def book() -> None:
+        keys.append(idempotency_key())
+
+    box.tools["book"] = book
+    for _ in range(2):  # its worker died, and the request was delivered again
+        twice = response(calls("book"), calls("book", "b"))
+        await run(Endpoint(twice, response(calls("book")), response(says("Done."))), toolbox="box")
+
+    assert keys[:3] == ["job.3.1#1/1.0", "job.3.1#1/1.1", "job.3.1#1/2.0"]
+    assert keys[3:] == keys[:3]
 
 
 async def test_the_words_of_a_tool_error_are_bounded(box: type[Box]) -> None:

@@ -50,4 +50,4 @@ def test_a_null_field_is_named_with_the_row() -> None:
 )
 def test_a_template_that_no_row_can_fill_is_refused(template: str, what: str) -> None:
     with pytest.raises(ConfigError, match=rf"config.yaml: key 'prompt.user': .*{what}.*for literal braces"):
-        check_prompt(Prompt(system="fine", user=template), "config.yaml")
+        check_prompt(Prompt(system="fine", user=template), lambda role: "config.yaml")

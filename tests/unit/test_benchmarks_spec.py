@@ -130,7 +130,7 @@ def test_a_path_that_is_no_benchmark_says_so(tmp_path: Path) -> None:
         ("name: mine", "name: my bench", r"key 'name': benchmark 'my bench' must be letters"),
         ("num_repeats: 4", "num_repeat: 4", r"did you mean 'num_repeats'"),
         ("num_repeats: 4", "num_repeats: 0", r"num_repeats"),
-        ("type: benchmark", "type: test", r"type.*[Ii]nvalid enum value 'test'"),
+        ("type: benchmark", "type: test", r"key 'datasets\[0\]\.type': unknown 'test': known: benchmark, example"),
         ("type: benchmark", "type: train", r"key 'datasets\[0\]\.license': train data needs a licence"),
         ("name: example", "name: test", r"key 'datasets\[1\]\.name': 'test' is taken"),
         ("type: example", "type: benchmark", r"key 'datasets': at most one may be of type benchmark"),

@@ -6,11 +6,12 @@ import json
 from array import array
 from typing import Any
 
+import msgspec
 import pytest
 
 from gym_bus.errors import FailureKind
 from gym_bus.messages import Call, Failed, Failure, Policy, RolloutId, Scored, Timings, Usage
-from gym_bus.results.lines import COMPOSED, failed_line, scored_line
+from gym_bus.results.lines import COMPOSED, failed_line, history_of, scored_line
 
 
 def scored(**changes: Any) -> Scored:
@@ -281,3 +282,41 @@ def test_tokens_that_cannot_be_placed_for_certain_are_kept_beside_the_response(r
 
     assert content["response"] == response
     assert [call["generation_token_ids"] for call in content["gym_bus"]["calls"]] == [[3, 4], [6]]
+
+
+def test_a_failed_line_keeps_what_its_attempt_had_beside_the_response() -> None:
+    call = Call(prompt_token_ids=b"\1\0\0\0", token_ids=b"\2\0\0\0", logprobs=b"\0\0\0\0")
+    kept = json.loads(failed_line(failed(extra=b'{"turns": 2, "reward": 1}', calls=(call,)), 1))["gym_bus"]["stored"]
+
+    assert kept["extra"] == {"turns": 2}
+    assert msgspec.convert(kept["calls"], tuple[Call, ...]) == (call,)
+    assert "stored" not in json.loads(failed_line(failed(), 1))["gym_bus"]
+
+
+def test_a_history_tells_every_failed_attempt_and_goes_on_in_the_scored_line() -> None:
+    first = failed_line(failed(agent_worker="a-1", published_at=7.0), 1)
+    second = failed_line(
+        failed(number=2, failure=Failure(kind=FailureKind.SANDBOX_LOST, detail="x" * 5000, stage="verifier")),
+        2,
+        before=history_of(first),
+    )
+    line = json.loads(scored_line(scored(number=3), 3, before=history_of(second)))
+
+    assert line["gym_bus"]["history"][0] == {
+        "attempt": 1,
+        "stage": "agent",
+        "class": "model_timeout",
+        "detail": "no answer in 5 s",
+        "worker": "a-1",
+        "at": 7.0,
+    }
+    assert [(past["attempt"], len(past["detail"])) for past in line["gym_bus"]["history"]] == [(1, 16), (2, 1000)]
+
+
+def test_a_failed_line_without_a_history_is_its_own() -> None:
+    line = json.loads(failed_line(failed(agent_worker="a-1"), 1))
+    del line["gym_bus"]["history"]
+
+    assert [(p.attempt, p.kind, p.worker) for p in history_of(json.dumps(line).encode())] == [
+        (1, "model_timeout", "a-1")
+    ]

@@ -50,17 +50,21 @@ def by_definition(tasks: list[Task], with_answers: bool) -> dict[str, Any]:
         runs = [100 * statistics.mean(task[i] for task in scores if i < len(task)) for i in range(longest)]
         found["per_sample_aggregate"][name] = runs
         for k in range(1, longest + 1):
-            best = []
-            for task in (task for task in scores if len(task) >= k):
-                draws = list(itertools.combinations(task, k))
-                binary = set(task) <= {0.0, 1.0}
-                best.append(statistics.mean(max(draw) for draw in draws) if binary else max(task[:k]))
-            found[f"pass@{k}/{name}"] = 100 * statistics.mean(best)
+            for metric, one_of in (("pass@", max), ("pass^", min)):
+                values = []
+                for task in (task for task in scores if len(task) >= k):
+                    draws = list(itertools.combinations(task, k))
+                    binary = set(task) <= {0.0, 1.0}
+                    values.append(statistics.mean(one_of(draw) for draw in draws) if binary else one_of(task[:k]))
+                found[f"{metric}{k}/{name}"] = 100 * statistics.mean(values)
             found[f"pass@1[avg-of-{k}]/{name}"] = 100 * statistics.mean(statistics.mean(task[:k]) for task in scores)
             if k > 1:
                 spread = statistics.stdev(runs[:k])
                 found[f"pass@1[avg-of-{k}]/{name}/std_dev_across_runs"] = spread
                 found[f"pass@1[avg-of-{k}]/{name}/std_err_across_runs"] = spread / math.sqrt(k)
+                found[f"pass@1[avg-of-{k}]/{name}/avg_sample_std_dev"] = statistics.mean(
+                    statistics.stdev(task[:k]) for task in scores if len(task) > 1
+                )
             if with_answers:
                 found[f"majority@{k}/{name}"] = 100 * statistics.mean(
                     majority([(task[i][1], own[i]) for i in range(min(k, len(task)))])

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from gym_bus.errors import DataError, FailureKind
+from gym_bus.errors import DataError, FailureKind, UsageError
 from gym_bus.messages import Failed, Failure, Policy, RolloutId, Scored
 from gym_bus.results.files import JobFiles
 from gym_bus.results.manifest import Manifest
-from gym_bus.results.profile import Counts, profile_job
+from gym_bus.results.profile import Counts, Options, differences_of_profile, is_foreign, profile_job
 from gym_bus.results.writer import ResultsWriter
 
 
@@ -182,7 +182,17 @@ def test_another_answer_key_can_be_named(files: JobFiles) -> None:
     write(files.rollouts, [row(0, 0, 1.0, choice="A")])
 
     assert "majority@1/accuracy" not in profile_job(files).agents[0].agent_metrics
-    assert profile_job(files, answer_key="choice").agents[0].agent_metrics["majority@1/accuracy"] == 100.0
+    assert profile_job(files, Options(answer_key="choice")).agents[0].agent_metrics["majority@1/accuracy"] == 100.0
+
+
+def test_the_answer_key_is_the_known_one_that_most_rollouts_have(files: JobFiles) -> None:
+    code = [row(0, i, float(i < 2), extracted_model_code=["x", "x", "y"][i]) for i in range(3)]
+    write(files.rollouts, [*code, row(1, 0, 0.0, extracted_answer="A")])
+
+    metrics = profile_job(files).agents[0].agent_metrics
+
+    assert metrics["majority@3/accuracy"] == 50.0  # x wins, rightly; task 1 has no code
+    assert metrics["pass@1/no_answer"] == 50.0
 
 
 def test_numbers_are_columns_and_nothing_else_is(files: JobFiles) -> None:
@@ -200,7 +210,8 @@ def test_numbers_are_columns_and_nothing_else_is(files: JobFiles) -> None:
 
     metrics = profile_job(files).agents[0].agent_metrics
 
-    assert {name.split("/", 1)[1] for name in metrics if name.startswith("mean/")} == {"reward", "number"}
+    names = {name.split("/", 1)[1] for name in metrics if name.startswith("mean/")}
+    assert names == {"reward", "number", "_ng_attempt_index"}
     assert (metrics["mean/number"], metrics["max/number"]) == (1.75, 2.5)
 
 
@@ -208,6 +219,94 @@ def test_a_usage_number_wins_over_a_field_of_its_name(files: JobFiles) -> None:
     write(files.rollouts, [row(0, 0, 1.0, 20, output_tokens=99), row(0, 1, 1.0, 40, output_tokens=99)])
 
     assert profile_job(files).agents[0].agent_metrics["mean/output_tokens"] == 30.0
+
+
+def test_agents_that_share_a_task_are_profiled_apart(files: JobFiles) -> None:
+    other = {"agent_ref": {"name": "other"}}
+    write(files.inputs, [key(0, 0), key(0, 1), {**key(0, 2), **other}, {**key(0, 3), **other}])
+    write(files.rollouts, [row(0, 0, 1.0), row(0, 1, 1.0), row(0, 2, 0.0, **other)])
+    write(files.failures, [{**key(0, 3), **other, "_ng_failure_class": "deadline"}])
+
+    simple, second = profile_job(files).agents
+
+    assert (simple.agent_metrics["mean/reward"], second.agent_metrics["mean/reward"]) == (1.0, 0.0)
+    assert simple.counts == Counts(expected=2, scored=2, failed=0, pending=0)
+    assert second.counts == Counts(expected=2, scored=1, failed=1, pending=0, failed_by_class={"deadline": 1})
+    assert [entry["group_level_metrics"][0]["num_rollouts"] for entry in aggregate(files)] == [2, 1]
+    assert profile_rows(files)[0]["mean/reward"] == pytest.approx(2 / 3)
+
+
+def test_the_agents_numeric_metrics_have_a_file_of_their_own(files: JobFiles) -> None:
+    write(files.rollouts, [row(0, 0, 1.0, 20), row(0, 1, 0.0, 30)])
+
+    profile_job(files)
+
+    (entry,) = json.loads(files.agent_metrics.read_bytes())
+    assert entry["agent_ref"] == {"name": "simple"}
+    assert (entry["mean/reward"], entry["max/output_tokens"]) == (0.5, 30)
+    assert not [name for name in entry if "pass" in name]
+
+
+def test_a_field_of_the_row_divides_the_tasks_into_subsets(files: JobFiles) -> None:
+    levels = [{"meta": {"level": level}} for level in ("easy", "hard", "easy", None)]
+    write(files.inputs, [{**key(task, i), **level} for task, level in enumerate(levels) for i in range(2)])
+    rewards = [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]
+    write(files.rollouts, [row(task, i, reward) for task, pair in enumerate(rewards) for i, reward in enumerate(pair)])
+
+    (agent,) = profile_job(files, Options(by="meta.level")).agents
+
+    assert (agent.agent_metrics["easy/pass@1/accuracy"], agent.agent_metrics["hard/pass@1/accuracy"]) == (75.0, 50.0)
+    assert agent.agent_metrics["hard/pass^2/accuracy"] == 0.0
+    assert list(agent.subsets) == ["easy", "hard"]  # the task without a level is in none
+    assert agent.subsets["easy"].counts.scored == 4
+    assert agent.subsets["easy"].estimates["pass@1"].mean == 0.75
+    assert aggregate(files)[0]["gym_bus"]["subsets"]["hard"]["estimates"]["pass@2"]["mean"] == 1.0
+    assert list(differences_of_profile(files)) == []  # it knows what the profile was made with
+
+
+def test_without_inputs_the_subset_is_read_from_the_rollouts_and_numbers_are_names_too(files: JobFiles) -> None:
+    write(files.rollouts, [row(0, 0, 1.0, needles=2), row(1, 0, 0.0, needles=8), row(1, 1, 0.0, needles=8)])
+
+    (agent,) = profile_job(files, Options(by="needles")).agents
+
+    assert {name: subset.counts.scored for name, subset in agent.subsets.items()} == {"2": 1, "8": 2}
+
+
+@pytest.mark.parametrize(
+    ("by", "error", "complaint"),
+    [
+        ("levle", UsageError, "no task has this field: did you mean 'level'"),
+        ("meta", DataError, "task 0 has no single value there; name a field inside, such as meta.level"),
+    ],
+)
+def test_a_field_that_divides_nothing_is_refused(
+    files: JobFiles, by: str, error: type[Exception], complaint: str
+) -> None:
+    write(files.inputs, [{**key(0, 0), "level": "easy", "meta": {"level": 1}}])
+    write(files.rollouts, [row(0, 0, 1.0)])
+
+    with pytest.raises(error, match=complaint):
+        profile_job(files, Options(by=by))
+
+
+def test_the_files_can_go_elsewhere(files: JobFiles, tmp_path: Path) -> None:
+    write(files.rollouts, [row(0, 0, 1.0)])
+    (tmp_path / "other").mkdir()
+
+    profile_job(files, into=JobFiles(tmp_path / "other"))
+
+    assert not files.profile.exists()
+    assert JobFiles(tmp_path / "other").profile.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "foreign"),
+    [('[{"agent_ref": {}, "key_metrics": {}}]', True), ('[{"gym_bus": {}}]', False), ("[]", False), ("[", False)],
+)
+def test_an_aggregate_of_nemo_gyms_is_told_from_ours(files: JobFiles, content: str, foreign: bool) -> None:
+    files.aggregate.write_text(content)
+
+    assert is_foreign(files.aggregate) is foreign
 
 
 def test_the_torn_last_line_of_a_running_job_is_passed_over(files: JobFiles) -> None:

@@ -20,7 +20,7 @@ import pytest
 from gym_bus.errors import DataError, FailureKind, UsageError
 from gym_bus.messages import Call, Failed, Failure, Policy, Result, RolloutId, Scored, Usage
 from gym_bus.results.files import JobFiles
-from gym_bus.results.ledger import Anchor, FailedRollout, State
+from gym_bus.results.ledger import Anchor, State
 from gym_bus.results.writer import ResultsWriter
 
 JOB, TASKS, REPEATS = "job-1", 3, 2
@@ -150,7 +150,7 @@ def test_the_class_of_a_failure_is_that_of_its_newest_attempt(files: JobFiles) -
 
     with open_writer(files) as writer:
         assert dict(writer.ledger.tally.failed) == {"sandbox_lost": 1}
-        assert list(writer.ledger.failures()) == [(RolloutId(JOB, 0, 0), FailedRollout("sandbox_lost", 2, True))]
+        assert [(r, f[:3]) for r, f in writer.ledger.failures()] == [(RolloutId(JOB, 0, 0), ("sandbox_lost", 2, True))]
 
 
 @pytest.mark.parametrize(
@@ -426,6 +426,63 @@ def test_a_file_system_without_locks_is_named(files: JobFiles, monkeypatch: pyte
 
     with pytest.raises(UsageError, match=r"\.lock: cannot be locked: Input/output error"):
         open_writer(files)
+
+
+@pytest.mark.parametrize("how", ["one batch", "two batches", "after a restart"])
+def test_every_failed_line_carries_the_history_of_its_rollout(files: JobFiles, how: str) -> None:
+    first, second, last = failed(0, 0), failed(0, 0, 2, published_at=9.0), scored(0, 0, number=3)
+    batches = (
+        [[(1, first), (2, second), (3, last)]] if how == "one batch" else [[(1, first)], [(2, second)], [(3, last)]]
+    )
+    writer = open_writer(files)
+    for batch in batches:
+        writer.append(batch)
+        if how == "after a restart":
+            writer.close()
+            writer = open_writer(files)
+    writer.close()
+
+    told = [[past["attempt"] for past in line["gym_bus"]["history"]] for line in lines_of(files.failures)]
+    assert told == [[1], [1, 2]]
+    (line,) = lines_of(files.rollouts)
+    assert [(past["attempt"], past["class"]) for past in line["gym_bus"]["history"]] == [
+        (1, "model_timeout"),
+        (2, "model_timeout"),
+    ]
+
+
+def test_a_failure_without_its_row_gets_it_from_the_inputs(files: JobFiles) -> None:
+    files.folder.mkdir()
+    rows = [b'{"question":"%d","_ng_task_index":%d,"_ng_rollout_index":0}\n' % (i, i) for i in range(2)]
+    files.inputs.write_bytes(b"".join(rows))
+
+    write(files, failed(1, 0, row=b"{}"), failed(2, 0, row=b"{}"), failed(0, 0))
+
+    assert [line.get("question") for line in lines_of(files.failures)] == ["1", None, "?"]
+
+
+def test_an_answer_stays_at_hand_until_generation_is_made_again(files: JobFiles) -> None:
+    lost = Failure(kind=FailureKind.SANDBOX_LOST, detail="gone", stage="verifier")
+    cancelled = Failure(kind=FailureKind.CANCELLED, detail="by hand", stage="bus")
+    refused = Failure(kind=FailureKind.MODEL_ERROR, detail="500", stage="agent")
+    answer = b'{"output":["' + b"x" * 100_000 + b'"]}'
+    write(
+        files,
+        failed(0, 0, failure=lost, response=answer),
+        failed(0, 0, 2, failure=cancelled),
+        failed(1, 0, failure=lost, response=answer),
+        failed(1, 0, 2, failure=refused),
+        failed(2, 0, failure=refused),
+    )
+
+    with open_writer(files) as writer:
+        kept = [writer.stored_line(RolloutId(JOB, task, 0)) for task in range(3)]
+        writer.append([(9, failed(2, 0, 2, failure=lost, response=answer)), (10, scored(2, 0, number=3))])
+        scored_since = writer.stored_line(RolloutId(JOB, 2, 0))
+
+    assert kept[0] is not None
+    assert json.loads(kept[0])["gym_bus"]["attempt"] == 1
+    assert (kept[1:], scored_since) == ([None, None], None)
 
 
 def test_an_empty_batch_writes_nothing(files: JobFiles) -> None:

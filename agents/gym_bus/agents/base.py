@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from gym_bus import activity
 from gym_bus.errors import DeadlineExceeded
 from gym_bus.messages import Call, RolloutId, Timings, Usage
 from gym_bus.models.api import CallInfo, Model, Reply
@@ -71,6 +72,7 @@ class Context:
         info = CallInfo(rollout=self._rollout, number=self._number, step=self._step, limit_s=left)
         self._step += 1
         self.timings.model_calls += 1
+        activity.note(f"model call {self._step}")
         started = time.monotonic()
         try:
             reply = await self._model.respond(params, info)
@@ -79,10 +81,16 @@ class Context:
         self.usage = add_usage(self.usage, reply.usage)
         if reply.call is not None:
             self.calls.append(reply.call)
+        activity.note(f"agent, after model call {self._step}")
         return reply
+
+    def tool_call_key(self, call: int) -> str:
+        """Names the `call`-th tool call (from 0) that the last reply asks for: the same at every delivery."""
+        return f"{self._rollout}#{self._number}/{self._step}.{call}"
 
     async def use_tools(self, *calls: Any) -> list[Any]:
         """Await tool calls concurrently; their time is accounted once. Results in the same order."""
+        activity.note(f"tools, after model call {self._step}")
         started = time.monotonic()
         try:
             return list(await asyncio.gather(*calls))

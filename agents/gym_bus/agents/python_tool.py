@@ -14,6 +14,7 @@ from gym_bus.errors import SandboxError
 from gym_bus.logs import get_logger
 from gym_bus.messages import RolloutId
 from gym_bus.sandbox.api import Limits
+from gym_bus.sandbox.protections import Level
 from gym_bus.sandbox.session import DEFAULT_SESSION_LIMITS, Answer, Session
 
 log = get_logger(__name__)
@@ -48,6 +49,8 @@ class PythonTool:
     most_sessions: ClassVar[int] = 64
     """At the same time in one worker process; the first toolbox that is used decides."""
     limits: ClassVar[Limits] = DEFAULT_SESSION_LIMITS
+    sandbox_level: ClassVar[Level] = Level.NAMESPACES
+    """The lowest level of isolation that will do; `landlock`, for machines without namespaces, gives no `/tmp`."""
 
     def __init__(self, row: Mapping[str, msgspec.Raw], rollout: RolloutId) -> None:
         del row
@@ -107,7 +110,7 @@ class PythonTool:
     async def _started(self) -> Session:
         await self._take_place()
         try:
-            return await Session.start(self.limits)
+            return await Session.start(self.limits, least=self.sandbox_level)
         except BaseException as e:
             self._place().release()
             if not isinstance(e, SandboxError):

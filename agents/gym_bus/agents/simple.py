@@ -14,7 +14,7 @@ from msgspec import Meta
 from gym_bus.agents.base import Context, Produced, Task
 from gym_bus.agents.registry import TOOLBOXES
 from gym_bus.agents.tools import Toolbox, call_tool
-from gym_bus.errors import DeadlineExceeded, ModelError, TaskError, UsageError
+from gym_bus.errors import DeadlineExceeded, ModelError, TaskError, ToolBudgetExceeded, UsageError
 from gym_bus.messages import Usage
 from gym_bus.models.api import Reply
 from gym_bus.models.body import usage_body
@@ -31,6 +31,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Stop once the calls of the rollout have used so many tokens, prompts included."""
     tool_limit_s: Annotated[float, Meta(gt=0)] = 60.0
     """Wall-clock seconds of one tool call."""
+    tool_error_budget: Annotated[int, Meta(ge=0)] | None = None
+    """Tool calls of one rollout that may break down (the tool raised, or did not answer) before the rollout fails; null
+    for any number. What the model did wrong, and whatever a tool reports as a `ToolError`, does not count."""
 
 
 class _Item(msgspec.Struct, frozen=True):
@@ -71,6 +74,7 @@ class SimpleAgent:
     async def _loop(self, task: Task, context: Context, toolbox: Toolbox | None) -> Produced:
         given = _as_items(task.params.get("input"))
         produced: list[msgspec.Raw] = []
+        faults: list[str] = []
         for step in range(1, self._options.max_steps + 1):
             params = task.params if step == 1 else {**task.params, "input": [*given, *produced]}
             reply = await context.respond(params)
@@ -78,7 +82,7 @@ class SimpleAgent:
             calls, spoke = _calls_of(reply)
             stop = bool(reply.head.incomplete_details) or (spoke and not calls) or self._spent(context.usage)
             if not stop and calls:
-                produced += await self._use_tools(calls, context, toolbox)
+                produced += await self._use_tools(calls, context, toolbox, faults)
             if stop or step == self._options.max_steps:
                 return Produced(response=_final(reply, produced, context.usage, single=step == 1 and not calls))
         raise AssertionError("unreachable: max_steps is at least 1")
@@ -88,14 +92,27 @@ class SimpleAgent:
         return limit is not None and usage.total_tokens >= limit
 
     async def _use_tools(
-        self, calls: list[_FunctionCall], context: Context, toolbox: Toolbox | None
+        self, calls: list[_FunctionCall], context: Context, toolbox: Toolbox | None, faults: list[str]
     ) -> list[msgspec.Raw]:
         limit_s = min(self._options.tool_limit_s, context.left_s)
         if limit_s <= 0:
             raise DeadlineExceeded("the rollout ran past its time before its tools could run")
         outputs = await context.use_tools(
-            *(call_tool(toolbox, c.name or "", c.arguments or "", limit_s) for c in calls)
+            *(
+                call_tool(
+                    toolbox,
+                    c.name or "",
+                    c.arguments or "",
+                    limit_s,
+                    key=context.tool_call_key(place),
+                    on_fault=faults.append,
+                )
+                for place, c in enumerate(calls)
+            )
         )
+        budget = self._options.tool_error_budget
+        if budget is not None and len(faults) > budget:
+            raise ToolBudgetExceeded(f"{len(faults)} tool calls broke down, {budget} may; the last: {faults[-1]}")
         return [_tool_output(call.call_id or "", output) for call, output in zip(calls, outputs, strict=True)]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import msgspec
@@ -28,7 +29,8 @@ class Toolbox(Protocol):
     async def call(self, name: str, arguments: dict[str, Any]) -> Any:
         """Run one tool; text is handed to the model as it is, other JSON values as JSON.
 
-        Calls of one step run concurrently.
+        Calls of one step run concurrently. None is repeated, whatever comes of it; but a rollout whose worker died is
+        run again from its start: a tool that changes something outside the rollout sends its `idempotency_key()`.
 
         Raises:
             ToolError: told to the model.
@@ -40,10 +42,43 @@ class Toolbox(Protocol):
         ...
 
 
-async def call_tool(toolbox: Toolbox | None, name: str, arguments: str, limit_s: float) -> str:
-    """One tool call of a model, whatever is wrong with it, as output text for the model.
+_key: ContextVar[str] = ContextVar("idempotency_key", default="")
+
+
+def idempotency_key() -> str:
+    """Names the tool call that is being made, for a service that must not do one thing twice.
+
+    Made of the rollout, its attempt, the step and the call's place in it, so it is the same however often the rollout
+    is delivered. A model may ask for something else at the same place the next time: a service that knows the key from
+    a call with other arguments should refuse.
+    """
+    return _key.get()
+
+
+def _ignore(fault: str) -> None:
+    del fault
+
+
+async def call_tool(
+    toolbox: Toolbox | None,
+    name: str,
+    arguments: str,
+    limit_s: float,
+    *,
+    key: str = "",
+    on_fault: Callable[[str], None] = _ignore,
+) -> str:
+    """One tool call of a model, whatever is wrong with it, as output text for the model. It is made once.
 
     An error inside the tool is the model's to see and to mend, as NeMo Gym does it: `{"error": ...}`.
+
+    Args:
+        toolbox: the tools there are; None for none.
+        name: which.
+        arguments: a JSON object.
+        limit_s: wall-clock seconds.
+        key: see `idempotency_key`.
+        on_fault: told where the tool broke down: it raised something else than `ToolError`, or did not answer.
     """
     try:
         decoded = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
@@ -52,17 +87,24 @@ async def call_tool(toolbox: Toolbox | None, name: str, arguments: str, limit_s:
     known = toolbox.names() if toolbox else ()
     if toolbox is None or name not in known:
         return _error(f"Unknown tool {name!r}: {did_you_mean(name, known)}")
+    _key.set(key)
     try:
         output = await asyncio.wait_for(toolbox.call(name, decoded), limit_s)
         text = output if isinstance(output, str) else msgspec.json.encode(output).decode()
         return text.encode(errors="replace").decode()
-    except TimeoutError:
-        return _error(f"The tool did not answer within {limit_s:g} s")
     except ToolError as e:
         return _error(str(e))
+    except TimeoutError:
+        fault = f"The tool did not answer within {limit_s:g} s"
     except Exception as e:  # a tool is foreign code: whatever it raises is its output, never the end of the rollout
-        return _error(f"{type(e).__name__}: {e}")
+        fault = f"{type(e).__name__}: {e}"
+    on_fault(f"{name}: {_bounded(fault)}")
+    return _error(fault)
 
 
 def _error(text: str) -> str:
-    return msgspec.json.encode({"error": text[:2000].encode(errors="replace").decode()}).decode()
+    return msgspec.json.encode({"error": _bounded(text)}).decode()
+
+
+def _bounded(text: str) -> str:
+    return text[:2000].encode(errors="replace").decode()

@@ -67,6 +67,19 @@ class RolloutRow(msgspec.Struct, frozen=True):
     """As in `TaskRow`; with `add_seed` it differs from rollout to rollout."""
 
 
+class Examined(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of a data file: what stands in it, and what is wrong with it."""
+
+    line: int
+    row: Row = {}
+    params: Row = {}
+    """Its create params as they would be issued; empty where they cannot be."""
+    problem: str = ""
+    """`file:line: what is wrong`; empty where nothing is."""
+    same_as: int | None = None
+    """An earlier line with the same text."""
+
+
 def open_lines(path: Path, compressed: bool | None = None) -> IO[bytes]:
     """The file opened for reading, decompressed where it is gzip: by its name, if `compressed` does not say.
 
@@ -194,6 +207,27 @@ def materialize(
         if limit is not None and len(numbers) > limit:
             return
         yield TaskRow(task_index, builder.build(row, where), line, occurrence)
+
+
+def examine(
+    path: Path, *, prompt: Prompt | None = None, required: Sequence[str] = (), own_input: bool = False
+) -> Iterator[Examined]:
+    """Every row of a data file, whatever is wrong with it; the arguments are those of `materialize`.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    builder = _RowBuilder("", prompt, required, {}, own_input=own_input)
+    first: dict[bytes, int] = {}
+    for line, text in _lines(path):
+        where, row, params = f"{path}:{line}", {}, {}
+        problem, same_as = "", first.setdefault(_digest(text), line)
+        try:
+            row = parse_row(text, where)
+            params = builder.params(row, where)
+        except DataError as e:
+            problem = str(e)
+        yield Examined(line=line, row=row, params=params, problem=problem, same_as=same_as if same_as != line else None)
 
 
 def expand(tasks: Iterable[TaskRow], repeats: int, *, add_seed: bool = False) -> Iterator[RolloutRow]:
@@ -338,14 +372,16 @@ class _RowBuilder:
 
     def build(self, row: Row, where: str) -> bytes:
         """The materialized row. Raises DataError where it cannot be run or judged."""
-        if lacking := [key for key in self._required if _is_null(row.get(key))]:
-            raise DataError(f"{where}: the verifier needs {_missing(lacking, row)}")
+        params = self.params(row, where)
         kept = {key: value for key, value in row.items() if key not in RESULT_KEYS and not key.startswith("_ng_")}
-        kept["responses_create_params"] = msgspec.Raw(_encode(self._params(row, where)))
+        kept["responses_create_params"] = msgspec.Raw(_encode(params))
         kept["agent_ref"] = self._agent_ref
         return _encode(kept)
 
-    def _params(self, row: Row, where: str) -> Row:
+    def params(self, row: Row, where: str) -> Row:
+        """The row's create params. Raises DataError where it cannot be run or judged."""
+        if lacking := [key for key in self._required if _is_null(row.get(key))]:
+            raise DataError(f"{where}: the verifier needs {_missing(lacking, row)}")
         params = self._own_params(row, where)
         if self._prompt is not None and not (self._own_input and "input" in params):
             if "input" in params:
@@ -391,4 +427,11 @@ def _missing(keys: Sequence[str], row: Mapping[str, Any]) -> str:
 def _check_params(params: dict[str, Any], where: str) -> None:
     from gym_bus.models.schema import check_create_params  # only who materializes rows needs the schema
 
-    check_create_params(params, where)
+    check_create_params(_without_nulls(params), where)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A key that is null counts as not given, at any depth: NeMo Gym writes rows out with all their defaults."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(below) for key, below in value.items() if below is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -2,11 +2,13 @@
 
 A benchmark's `prepare.py` holds two names: `SOURCES`, the published file of each dataset that is prepared, by the
 dataset's name; and `convert(row)`, a published row to a row of ours, or None where it is not part of the benchmark.
+A script of NeMo Gym's form holds one: `prepare()`, which writes the dataset's file itself and returns its path.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.client
 import importlib
 import importlib.util
@@ -31,7 +33,11 @@ DOWNLOAD_LIMIT_S = 900.0
 """Seconds that a whole download may take."""
 MAX_DOWNLOAD_BYTES = 4 * 2**30
 
+Progress = Callable[[int, int | None], None]
+"""Gets the bytes that are there, and those of the whole file, None where the server does not say."""
+
 _CHUNK_BYTES = 2**18
+_NOTHING_LEFT = 416
 _encode = msgspec.json.Encoder().encode
 
 
@@ -52,8 +58,9 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     path: Path
     rows: int
     licence: str
+    """As the script says it, empty where it does not."""
     source: str
-    """The address or the file that the rows come from."""
+    """The address or the file that the rows come from; the script where it fetches them itself."""
 
 
 def prepare(
@@ -63,8 +70,9 @@ def prepare(
     which: str | None = None,
     source_dir: Path | None = None,
     say: Callable[[str], None] = print,
+    progress: Progress = lambda done, total: None,
 ) -> Prepared:
-    """Write the rows of one dataset; a run that is interrupted leaves the file as it was.
+    """Write the rows of one dataset. A run that is interrupted leaves the file as it was, and keeps what it fetched.
 
     Args:
         benchmark: whose data.
@@ -72,7 +80,8 @@ def prepare(
         which: type or name of the dataset; None for the main one.
         source_dir: a folder that has the published file, in `<benchmark>/` or directly, perhaps with `.gz`; None
             fetches it.
-        say: gets the licence and the progress, in sentences.
+        say: gets the licence and the course of things, in sentences.
+        progress: gets the course of the download.
 
     Raises:
         UsageError: the file cannot be had or is another one than was published; the message says what to do.
@@ -84,11 +93,13 @@ def prepare(
             f"{benchmark.spec.name}: dataset {dataset.name!r} needs no preparation, it is part of the benchmark"
         )
     module = load_prepare_module(benchmark, dataset)
+    target = data_path(benchmark, data_dir, dataset.name)
+    if not hasattr(module, "convert"):
+        return _run_script(module, benchmark, dataset, target, source_dir, say)
     source = _source_of(module, benchmark, dataset)
     say(f"{benchmark.spec.name}/{dataset.name}: licence {source.licence}")
-    target = data_path(benchmark, data_dir, dataset.name)
     if source_dir is None:
-        published = _fetch(source, target.parent / "source", say)
+        published = _fetch(source, target.parent / "source", say, progress)
     else:
         published = _find(source, source_dir, benchmark.spec.name)
     rows = _write_rows(published, Converter(module.convert), target)
@@ -98,28 +109,57 @@ def prepare(
     )
 
 
+def _run_script(
+    module: ModuleType,
+    benchmark: Benchmark,
+    dataset: DatasetSpec,
+    target: Path,
+    source_dir: Path | None,
+    say: Callable[[str], None],
+) -> Prepared:
+    script = _script(benchmark, dataset)
+    if source_dir is not None:
+        raise UsageError(f"{script}: its prepare() fetches the data itself: leave --source out")
+    say(f"{benchmark.spec.name}/{dataset.name}: running prepare() of {script}")
+    made = Path(module.prepare())
+    if made.resolve() != target.resolve():
+        raise ConfigError(f"{script}: prepare() has written {made}, but jsonl_fpath is {target}: let them be the same")
+    rows = sum(1 for _ in load_rows(target))
+    say(f"{benchmark.spec.name}/{dataset.name}: {rows} rows in {target}")
+    return Prepared(path=target, rows=rows, licence=dataset.license, source=str(script))
+
+
 def find_convert(benchmark: Benchmark, which: str | None = None) -> Convert | None:
     """What turns published rows of a dataset into rows of ours; None where its rows need no preparation."""
     dataset = benchmark.dataset(which)
     if dataset.prepare_script is None:
         return None
-    convert: Convert = load_prepare_module(benchmark, dataset).convert
+    convert: Convert | None = getattr(load_prepare_module(benchmark, dataset), "convert", None)
     return convert
+
+
+def _script(benchmark: Benchmark, dataset: DatasetSpec) -> Path:
+    return (benchmark.root or benchmark.folder) / (dataset.prepare_script or "")
 
 
 def load_prepare_module(benchmark: Benchmark, dataset: DatasetSpec) -> ModuleType:
     """The benchmark's `prepare_script`, imported: code of the benchmark that the user named.
 
     Raises:
-        ConfigError: there is no such file, or it lacks `SOURCES` or `convert`.
+        ConfigError: there is no such file, it needs what is not installed, or it lacks what it must define.
     """
-    path = benchmark.folder / (dataset.prepare_script or "")
+    path = _script(benchmark, dataset)
     if not path.is_file():
-        raise ConfigError(f"{benchmark.folder}: key 'datasets.prepare_script': no file {dataset.prepare_script!r}")
-    if benchmark.package is not None:
-        module = importlib.import_module(f"{benchmark.package}.{path.stem}")
-    else:
-        module = _import_file(path)
+        at = f"datasets[{benchmark.spec.datasets.index(dataset)}].prepare_script"
+        raise ConfigError(f"{benchmark.origins.nearest(at)}: key {at!r}: no file {dataset.prepare_script!r}")
+    try:
+        module = (
+            importlib.import_module(f"{benchmark.package}.{path.stem}") if benchmark.package else _import_file(path)
+        )
+    except ImportError as e:
+        raise ConfigError(f"{path}: {e}; install what the script needs into the environment of gym-bus") from None
+    if callable(getattr(module, "prepare", None)) and not hasattr(module, "SOURCES"):
+        return module
     if not isinstance(getattr(module, "SOURCES", None), Mapping):
         raise ConfigError(f"{path}: it must define SOURCES, a mapping from dataset names to {__name__}.Source")
     if not callable(getattr(module, "convert", None)):
@@ -140,7 +180,7 @@ def _source_of(module: ModuleType, benchmark: Benchmark, dataset: DatasetSpec) -
     sources: Mapping[str, Source] = module.SOURCES
     if dataset.name not in sources:
         raise ConfigError(
-            f"{benchmark.folder / (dataset.prepare_script or '')}: SOURCES has no entry for dataset {dataset.name!r}: "
+            f"{_script(benchmark, dataset)}: SOURCES has no entry for dataset {dataset.name!r}: "
             + did_you_mean(dataset.name, sources)
         )
     return sources[dataset.name]
@@ -162,34 +202,71 @@ def _find(source: Source, folder: Path, benchmark: str) -> Path:
     raise UsageError(_mismatch(str(there[0]), digests[there[0]], source))
 
 
-def _fetch(source: Source, folder: Path, say: Callable[[str], None]) -> Path:
+def _fetch(source: Source, folder: Path, say: Callable[[str], None], progress: Progress) -> Path:
     path = folder / source.file
     if path.is_file() and _digest(path) in source.sha256:
         say(f"{path}: already fetched")
         return path
-    say(f"fetching {source.url}")
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with _replacing(path) as out:
-            _download(source.url, out)
-            out.flush()
-            found = _digest(Path(out.name), compressed=source.file.endswith(".gz"))
-            if found not in source.sha256:
-                raise UsageError(_mismatch(source.url, found, source))
-    except (OSError, ValueError, http.client.HTTPException) as e:
-        why = getattr(e, "reason", None) or e
-        raise UsageError(
-            f"cannot fetch {source.url}: {why}. Get {source.file} from there some other way and pass its folder with "
-            "--source"
-        ) from None
+    part = path.with_name(f".{path.name}.part")
+    with part.open("ab") as out:
+        _take(out, part)
+        begun = out.tell()
+        say(f"fetching {source.url}" + (f", going on after {begun:,} bytes" if begun else ""))
+        _get(source, out, progress)
+        if begun and _digest(part, compressed=source.file.endswith(".gz")) not in source.sha256:
+            out.truncate(0)  # what was kept may be of an older edition
+            _get(source, out, progress)
+        os.fsync(out.fileno())
+        found = _digest(part, compressed=source.file.endswith(".gz"))
+        if found not in source.sha256:
+            part.unlink()
+            raise UsageError(_mismatch(source.url, found, source))
+        part.replace(path)
     return path
 
 
-def _download(url: str, out: IO[bytes]) -> None:
+def _take(out: IO[bytes], part: Path) -> None:
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{part}: another process is fetching it: wait for that one") from None
+
+
+def _get(source: Source, out: IO[bytes], progress: Progress) -> None:
+    """Download what `out` does not have yet. What has come stays there, whatever happens."""
+    try:
+        _download(source.url, out, progress)
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        why = getattr(e, "reason", None) or e
+        kept = f"The {out.tell():,} bytes that came are kept: the same command goes on from there. Or get"
+        raise UsageError(
+            f"cannot fetch {source.url}: {why}. {kept if out.tell() else 'Get'} {source.file} from there some other "
+            "way and pass its folder with --source"
+        ) from None
+    finally:
+        out.flush()
+        if not out.tell():
+            Path(out.name).unlink()
+
+
+def _download(url: str, out: IO[bytes], progress: Progress) -> None:
     if not url.startswith(("https://", "http://")):
         raise ValueError("the address must start with https:// or http://")
-    deadline, size = time.monotonic() + DOWNLOAD_LIMIT_S, 0
-    with urllib.request.urlopen(url, timeout=SILENCE_LIMIT_S) as reply:
+    deadline, size = time.monotonic() + DOWNLOAD_LIMIT_S, out.tell()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
+    try:
+        reply = urllib.request.urlopen(request, timeout=SILENCE_LIMIT_S)
+    except urllib.error.HTTPError as e:
+        if size and e.code == _NOTHING_LEFT:
+            return
+        raise
+    with reply:
+        if size and not str(reply.headers.get("Content-Range", "")).startswith(f"bytes {size}-"):
+            size = out.seek(0)  # the server sends the whole of it
+            out.truncate()
+        announced = reply.headers.get("Content-Length")
+        total = size + int(announced) if announced is not None else None
         while chunk := reply.read(_CHUNK_BYTES):
             size += len(chunk)
             if size > MAX_DOWNLOAD_BYTES:
@@ -197,9 +274,9 @@ def _download(url: str, out: IO[bytes]) -> None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not complete after {DOWNLOAD_LIMIT_S:g} s")
             out.write(chunk)
-        announced = reply.headers.get("Content-Length")
-    if announced is not None and int(announced) != size:
-        raise OSError(f"the connection ended after {size} of {announced} bytes")
+            progress(size, total)
+    if total is not None and size != total:
+        raise OSError(f"the connection ended after {size} of {total} bytes")
 
 
 def _digest(path: Path, compressed: bool | None = None) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import yaml
 
+from gym_bus.config import check
 from gym_bus.errors import ConfigError, DataError, did_you_mean
+from gym_bus.origins import written_at
 
 _formatter = string.Formatter()
 
@@ -37,16 +41,31 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return [{"role": role, "content": text.format(**values)} for role, text in self.texts().items()]
 
 
-def check_prompt(prompt: Prompt, source: str) -> None:
-    """Raise ConfigError, named after `source`, for a template that no row could fill."""
+def read_prompt(path: Path) -> Prompt:
+    """The prompt in a YAML file, texts taken as they stand. Raises ConfigError naming the file, and the line or key."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"{path}: {(e.strerror or str(e)).lower()}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or e}") from None
+    prompt = check(Prompt, values, str(path))
+    check_prompt(prompt, lambda role: written_at(path, role))
+    return prompt
+
+
+def check_prompt(prompt: Prompt, where: Callable[[str], str]) -> None:
+    """Raise ConfigError for a template that no row could fill; `where` says where the text of a role was written."""
     for role, text in prompt.texts().items():
         try:
             names = _placeholders(text)
         except ValueError as e:
-            raise _broken(source, role, str(e)) from None
+            raise _broken(where(role), role, str(e)) from None
         for name in names:
             if not name.isidentifier():
-                raise _broken(source, role, f"{{{name}}} is no row key")
+                raise _broken(where(role), role, f"{{{name}}} is no row key")
 
 
 def _broken(source: str, role: str, what: str) -> ConfigError:

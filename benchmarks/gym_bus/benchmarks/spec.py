@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,9 +13,11 @@ import msgspec
 from msgspec import Meta
 
 from gym_bus import subjects
-from gym_bus.benchmarks.prompt import Prompt, check_prompt
-from gym_bus.config import check, read_yaml
+from gym_bus.benchmarks.nemo_gym import NO_MODEL, is_nemo_gym, translate
+from gym_bus.benchmarks.prompt import Prompt, check_prompt, read_prompt
+from gym_bus.config import check, file_layers, find_file, interpolate, merge_layers
 from gym_bus.errors import ConfigError, UsageError, did_you_mean
+from gym_bus.origins import Origins
 
 DOMAINS = (
     "agent",
@@ -31,6 +34,24 @@ DOMAINS = (
     "translation",
 )
 """NeMo Gym's list."""
+
+LICENSES = (
+    "Apache 2.0",
+    "MIT",
+    "Creative Commons Attribution 4.0 International",
+    "Creative Commons Attribution-ShareAlike 4.0 International",
+    "CC BY-SA 4.0",
+    "CC BY-NC 3.0",
+    "NVIDIA Internal Use Only, Do Not Distribute",
+    "NVIDIA Evaluation Dataset License Agreement",
+    "GNU General Public License v3.0",
+    "TBD",
+    "BSD 3-Clause",
+    "CC BY 4.0",
+    "CC0 1.0",
+    "ODC-BY 1.0",
+)
+"""What train and validation data may be licensed under: NeMo Gym's list, and four more that public data sets have."""
 
 GROUP = "gym_bus.benchmarks"
 """Entry-point group of installed packages: name = the benchmark, value = the package that is its folder."""
@@ -51,6 +72,30 @@ class PartSpec(_Section, frozen=True, kw_only=True):
     options: dict[str, Any] = {}
 
 
+class GitlabIdentifier(_Section, frozen=True, kw_only=True):
+    """A file in a GitLab project's model registry, or in an MLflow server's."""
+
+    dataset_name: str
+    version: str
+    artifact_fpath: str
+
+
+class HuggingFaceIdentifier(_Section, frozen=True, kw_only=True):
+    """A file of a data set on Hugging Face."""
+
+    repo_id: str
+    artifact_fpath: str | None = None
+    """None for the only file of the split."""
+
+
+class GitlabSource(GitlabIdentifier, frozen=True, kw_only=True, tag_field="type", tag="gitlab"):
+    """As `GitlabIdentifier`, in the newer form."""
+
+
+class HuggingFaceSource(HuggingFaceIdentifier, frozen=True, kw_only=True, tag_field="type", tag="huggingface"):
+    """As `HuggingFaceIdentifier`, in the newer form."""
+
+
 class DatasetSpec(_Section, frozen=True, kw_only=True):
     """One data file. The keys are NeMo Gym's."""
 
@@ -64,8 +109,22 @@ class DatasetSpec(_Section, frozen=True, kw_only=True):
     """Rollouts per task."""
     license: str = ""
     """Required for train and validation data, as NeMo Gym does."""
-    source: str = ""
-    """Where the data set is published, for people."""
+    source: str | GitlabSource | HuggingFaceSource = ""
+    """Where the data set is published: an address for people, or the place in a registry that it is fetched from."""
+    gitlab_identifier: GitlabIdentifier | None = None
+    huggingface_identifier: HuggingFaceIdentifier | None = None
+    prompt_config: str | None = None
+    """As written in a NeMo Gym configuration; the benchmark's own says what is used."""
+
+    @property
+    def registries(self) -> dict[str, GitlabIdentifier | HuggingFaceIdentifier]:
+        """The places in registries that the file can be fetched from, by the kind of registry."""
+        given = (self.gitlab_identifier, self.huggingface_identifier, self.source)
+        return {
+            "gitlab" if isinstance(place, GitlabIdentifier) else "huggingface": place
+            for place in given
+            if isinstance(place, GitlabIdentifier | HuggingFaceIdentifier)
+        }
 
 
 class BenchmarkSpec(_Section, frozen=True, kw_only=True):
@@ -81,6 +140,8 @@ class BenchmarkSpec(_Section, frozen=True, kw_only=True):
     verifier: PartSpec
     prompt: Prompt | None = None
     """Builds the model's input; absent where the rows bring their own `responses_create_params.input`."""
+    prompt_config: str | None = None
+    """The same as a file of its own, found as `config_paths` are."""
     datasets: Annotated[tuple[DatasetSpec, ...], Meta(min_length=1)]
 
 
@@ -91,6 +152,12 @@ class Benchmark(msgspec.Struct, frozen=True):
     folder: Path
     package: str | None = None
     """Name of the Python package that the folder is; None for a folder that the user pointed at."""
+    root: Path | None = None
+    """The folder that the paths in a NeMo Gym configuration start at; None for a configuration of ours."""
+    instance: str = ""
+    """What rows of it are stamped with as `agent_ref.name`; names of NeMo Gym's agents are kept."""
+    origins: Origins = msgspec.field(default_factory=Origins)
+    """Where each key of the specification was written."""
 
     def dataset(self, which: str | None = None) -> DatasetSpec:
         """The dataset of that type or of that name; without one, the main one.
@@ -105,6 +172,10 @@ class Benchmark(msgspec.Struct, frozen=True):
                 return dataset
         known = {name for d in self.spec.datasets for name in (d.type, d.name)}
         raise UsageError(f"benchmark {self.spec.name!r} has no dataset {which!r}: {did_you_mean(which, known)}")
+
+    def prompt_of(self, dataset: DatasetSpec) -> Prompt | None:
+        """What builds the input of its rows; of a NeMo Gym configuration, only of datasets that name a prompt."""
+        return self.spec.prompt if self.root is None or dataset.prompt_config else None
 
     @property
     def main(self) -> DatasetSpec:
@@ -121,6 +192,8 @@ class BenchmarkInfo(msgspec.Struct, frozen=True, kw_only=True):
     verified: bool = False
     agent: str = ""
     verifier: str = ""
+    toolbox: str = ""
+    """The tools that the agent is given."""
     num_repeats: int = 1
     prepared: bool = False
     """Whether the main dataset's file is there."""
@@ -133,6 +206,8 @@ class BenchmarkInfo(msgspec.Struct, frozen=True, kw_only=True):
 def data_path(benchmark: Benchmark, data_dir: Path, which: str | None = None) -> Path:
     """Where the rows of a dataset lie, or will lie once they are prepared."""
     dataset = benchmark.dataset(which)
+    if benchmark.root is not None:
+        return benchmark.root / dataset.jsonl_fpath
     if dataset.prepare_script is None:
         return benchmark.folder / dataset.jsonl_fpath
     return data_dir / benchmark.spec.name / dataset.jsonl_fpath
@@ -162,9 +237,22 @@ def load_benchmark(name_or_path: str) -> Benchmark:
     raise UsageError(f"unknown benchmark {name_or_path!r}: {did_you_mean(name_or_path, known)}")
 
 
-def list_benchmarks(data_dir: Path) -> list[BenchmarkInfo]:
-    """Every built-in and installed benchmark, by name; one whose configuration is broken says why."""
-    return [_info(name, folder, package, data_dir) for name, (folder, package) in sorted(_found().items())]
+def list_benchmarks(data_dir: Path, search_dirs: Iterable[Path] = ()) -> list[BenchmarkInfo]:
+    """Every built-in and installed benchmark, by name, then those in folders; a broken configuration says why.
+
+    Raises:
+        UsageError: a folder to search is none.
+    """
+    listed = [_info(name, folder, package, data_dir) for name, (folder, package) in sorted(_found().items())]
+    return listed + [info for folder in search_dirs for info in _in_folder(folder, data_dir)]
+
+
+def _in_folder(folder: Path, data_dir: Path) -> Iterator[BenchmarkInfo]:
+    if not folder.is_dir():
+        raise UsageError(f"--search-dir {folder}: no such folder")
+    for config in sorted(folder.rglob(CONFIG)):
+        name = str(config.parent.relative_to(folder)) if config.parent != folder else folder.name
+        yield _info(name, config.parent, None, data_dir)
 
 
 def _info(name: str, folder: Path, package: str | None, data_dir: Path) -> BenchmarkInfo:
@@ -181,6 +269,7 @@ def _info(name: str, folder: Path, package: str | None, data_dir: Path) -> Bench
         verified=spec.verified,
         agent=spec.agent.name,
         verifier=spec.verifier.name,
+        toolbox=str(spec.agent.options.get("toolbox") or ""),
         num_repeats=benchmark.main.num_repeats,
         prepared=path.is_file(),
         rows=_count_lines(path) if path.is_file() else None,
@@ -214,26 +303,64 @@ def _installed() -> Iterator[tuple[str, Path, str | None]]:
 
 def _load(folder: Path, package: str | None = None, *, config: str = CONFIG) -> Benchmark:
     path = folder / config
-    spec = check(BenchmarkSpec, read_yaml(path), str(path))
-    _check(spec, path)
-    return Benchmark(spec=spec, folder=folder, package=package)
+    layers = file_layers([path])
+    resolve = partial(
+        interpolate,
+        remedy=f"in a file of your own that starts with `config_paths: [{path}]`",
+        lacking="${{{}}} names no key of the benchmark; secrets have no place here, its options are in all jobs".format,
+    )
+    if any(is_nemo_gym(layer.values) for layer in layers):
+        found = translate(*merge_layers([NO_MODEL, *layers], str(path)), path, resolve)
+        root, instance, values, origins = found.root, found.instance, found.values, found.origins
+    else:
+        root, instance = None, ""
+        written, origins = merge_layers(layers, str(path))
+        values = resolve(written, origins)
+    spec = _with_prompt(check(BenchmarkSpec, values, origins), path, origins)
+    _check(spec, origins)
+    return Benchmark(
+        spec=spec,
+        folder=folder,
+        package=package,
+        root=root,
+        instance=instance or f"{spec.name}_{spec.agent.name}_agent",
+        origins=origins,
+    )
 
 
-def _check(spec: BenchmarkSpec, path: Path) -> None:
+def _with_prompt(spec: BenchmarkSpec, path: Path, origins: Origins) -> BenchmarkSpec:
+    if spec.prompt_config is None:
+        if spec.prompt is not None:
+            check_prompt(spec.prompt, lambda role: origins.nearest(f"prompt.{role}"))
+        return spec
+    where = origins.nearest("prompt_config")
+    if spec.prompt is not None:
+        raise ConfigError(f"{where}: keys 'prompt' and 'prompt_config': give one of them")
+    return msgspec.structs.replace(spec, prompt=read_prompt(find_file(spec.prompt_config, path, where)))
+
+
+def _check(spec: BenchmarkSpec, origins: Origins) -> None:
+    def wrong(key: str, what: str) -> ConfigError:
+        return ConfigError(f"{origins.nearest(key)}: key {key!r}: {what}")
+
     try:
         subjects.token(spec.name, "benchmark")
     except UsageError as e:
-        raise ConfigError(f"{path}: key 'name': {e}") from None
+        raise wrong("name", str(e)) from None
     if spec.domain not in DOMAINS:
-        raise ConfigError(f"{path}: key 'domain': unknown {spec.domain!r}: {did_you_mean(spec.domain, DOMAINS)}")
-    if spec.prompt is not None:
-        check_prompt(spec.prompt, str(path))
+        raise wrong("domain", f"unknown {spec.domain!r}: {did_you_mean(spec.domain, DOMAINS)}")
     names = [dataset.name for dataset in spec.datasets]
     for i, dataset in enumerate(spec.datasets):
-        at = f"{path}: key 'datasets[{i}]"
         if dataset.name in names[:i]:
-            raise ConfigError(f"{at}.name': {dataset.name!r} is taken by an earlier dataset")
-        if dataset.type in ("train", "validation") and not dataset.license:
-            raise ConfigError(f"{at}.license': {dataset.type} data needs a licence")
+            raise wrong(f"datasets[{i}].name", f"{dataset.name!r} is taken by an earlier dataset")
+        if dataset.type in ("train", "validation"):
+            _check_license(dataset, f"datasets[{i}].license", wrong)
     if sum(dataset.type == "benchmark" for dataset in spec.datasets) > 1:
-        raise ConfigError(f"{path}: key 'datasets': at most one may be of type benchmark")
+        raise wrong("datasets", "at most one may be of type benchmark")
+
+
+def _check_license(dataset: DatasetSpec, key: str, wrong: Callable[[str, str], ConfigError]) -> None:
+    if not dataset.license:
+        raise wrong(key, f"{dataset.type} data needs a licence; known: {', '.join(LICENSES)}")
+    if dataset.license not in LICENSES:
+        raise wrong(key, f"unknown licence {dataset.license!r}: {did_you_mean(dataset.license, LICENSES)}")

@@ -20,7 +20,7 @@ from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 
 from gym_bus import subjects
-from gym_bus.bus.publish import Publisher
+from gym_bus.bus.publish import Publisher, trouble
 from gym_bus.bus.pull import CLAIM_BYTES_HEADER, CLAIM_HEADER, FAILURE_HEADER, ID_HEADER, Delivery, Follower
 from gym_bus.errors import BodyLost, BusError, UsageError
 from gym_bus.logs import get_logger
@@ -30,17 +30,21 @@ from gym_bus.settings import BusConfig, MiB, StreamConfig
 log = get_logger(__name__)
 
 API_LIMIT_S = 10.0
+INIT_TRIES = 3
 FILE_LIMIT_S = 600.0
 DEDUPE_WINDOW_S = 120.0
 MAX_MESSAGE_BYTES = 8 * MiB
 HEADER_ROOM_BYTES = 4096
 """What the headers of one message may take: servers and streams count them with the body."""
-HAND_BACK = "gym.handback"
+DELIVERIES = "gym.delivery"
+"""What workers note of single deliveries: that work on one began, or that it was handed back."""
 HAND_BACK_LIMIT_S = 2.0
 SECOND_LOOK_S = 0.5
 """An acked message leaves its stream a moment after the ack."""
-MESSAGE_GONE = (10037, 10057)
-"""err_codes of a deletion: nothing at this sequence; it failed, for one of many reasons."""
+MESSAGE_GONE = (10037, 10043, 10057)
+"""err_codes of a deletion: nothing at this sequence, in two ways; it failed, for one of many reasons."""
+FREE_DELIVERIES = 2
+"""A worker may be killed for any reason: so many deliveries of a message raise no suspicion, and nothing is noted."""
 IDS_MESSAGES = 4096
 IDS_BYTES = 8 * MiB
 """Of one request for stored messages: their bodies come along."""
@@ -94,9 +98,9 @@ class Bus:
         try:
             client = await asyncio.wait_for(
                 nats.connect(
-                    address,
+                    [server.strip() for server in address.split(",")],
                     name=name,
-                    connect_timeout=config.connect_limit_s,
+                    connect_timeout=config.connect_limit_s / 2,  # of one try: the first may meet a dead connection
                     allow_reconnect=True,
                     max_reconnect_attempts=-1,
                     reconnect_time_wait=0.2,
@@ -141,7 +145,31 @@ class Bus:
         """Create or update streams, buckets and the object store; the same settings twice change nothing.
 
         Returns the names, for the user to see.
+
+        Raises:
+            BusError: the server has no JetStream or not enough room, or did not answer in any of a few tries.
         """
+        streams = self._streams()
+        for tries_left in reversed(range(INIT_TRIES)):
+            try:
+                await self._set_up(streams)
+                break
+            except (TimeoutError, nats.js.errors.Error, nats.errors.Error) as e:
+                # A server that was restarted in between has swallowed the question.
+                if not (isinstance(e, TimeoutError) and tries_left):
+                    told = trouble("JetStream did not set up the streams", e)
+                    raise BusError(f"{told}; {_remedy(e)}") from None
+        return [*(str(s.name) for s in streams), subjects.JOBS, subjects.WORKERS, subjects.LIMITS, subjects.BLOBS]
+
+    async def _set_up(self, streams: list[api.StreamConfig]) -> None:
+        await self.js.account_info()
+        for stream in streams:
+            await self._ensure(stream)
+        for bucket in (subjects.JOBS, subjects.WORKERS, subjects.LIMITS):
+            await self._open_bucket(bucket)
+        await self._open_blobs()
+
+    def _streams(self) -> list[api.StreamConfig]:
         c = self.config
         work, limits = api.RetentionPolicy.WORK_QUEUE, api.RetentionPolicy.LIMITS
         advisories = [
@@ -149,7 +177,7 @@ class Bus:
             for event in ("MAX_DELIVERIES", "MSG_TERMINATED")
             for stream in (subjects.REQUESTS, subjects.ATTEMPTS)
         ]
-        streams = [
+        return [
             self._stream(subjects.REQUESTS, ["gym.request.>"], c.requests, retention=work),
             self._stream(subjects.ATTEMPTS, ["gym.attempt.>"], c.attempts, retention=work),
             self._stream(
@@ -162,23 +190,12 @@ class Bus:
             ),
             self._stream(
                 subjects.ADVISORIES,
-                [*advisories, f"{HAND_BACK}.>"],
+                [*advisories, f"{DELIVERIES}.>"],
                 c.advisories,
                 retention=limits,
                 discard=api.DiscardPolicy.OLD,
             ),
         ]
-        try:
-            account = await self.js.account_info()
-            del account
-            for stream in streams:
-                await self._ensure(stream)
-            for bucket in (subjects.JOBS, subjects.WORKERS, subjects.LIMITS):
-                await self._open_bucket(bucket)
-            await self._open_blobs()
-        except (TimeoutError, nats.js.errors.Error, nats.errors.Error) as e:
-            raise BusError(f"JetStream did not set up the streams: {e or type(e).__name__}; {_remedy(e)}") from None
-        return [*(str(s.name) for s in streams), subjects.JOBS, subjects.WORKERS, subjects.LIMITS, subjects.BLOBS]
 
     def _stream(self, name: str, names: list[str], limits: StreamConfig, **more: Any) -> api.StreamConfig:
         settings: dict[str, Any] = {
@@ -268,7 +285,7 @@ class Bus:
         try:
             return await asyncio.wait_for(call, API_LIMIT_S)
         except (TimeoutError, nats.errors.Error) as e:
-            raise BusError(f"{what}: {e or type(e).__name__}") from None
+            raise trouble(what, e) from None
 
     async def consumer_info(self, stream: str, name: str) -> Any:
         """What the server says of a consumer."""
@@ -282,7 +299,7 @@ class Bus:
             except nats.js.errors.NotFoundError:
                 continue
             except (TimeoutError, nats.errors.Error) as e:
-                raise BusError(f"consumers of {stream}: {e or type(e).__name__}") from None
+                raise trouble(f"consumers of {stream}", e) from None
             for consumer in consumers:
                 await self._api(self.js.delete_consumer(stream, str(consumer.name)), f"consumer {consumer.name}")
 
@@ -388,7 +405,7 @@ class Bus:
         except nats.js.errors.NotFoundError:
             raise BodyLost(f"object {key}: not found") from None
         except (TimeoutError, nats.errors.Error) as e:
-            raise BusError(f"object {key}: {e or type(e).__name__}") from None
+            raise trouble(f"object {key}", e) from None
         return bytes(found.data or b"")
 
     async def store_file(self, key: str, path: Path) -> None:
@@ -398,7 +415,7 @@ class Bus:
             try:
                 await asyncio.wait_for(store.put(key, file), FILE_LIMIT_S)
             except (TimeoutError, nats.errors.Error) as e:
-                raise BusError(f"object {key}: {e or type(e).__name__}") from None
+                raise trouble(f"object {key}", e) from None
 
     async def load_file(self, key: str, path: Path) -> None:
         """Get a file from the object store. Raises BusError where it is not there."""
@@ -407,7 +424,7 @@ class Bus:
             try:
                 await asyncio.wait_for(store.get(key, file), FILE_LIMIT_S)
             except (TimeoutError, nats.errors.Error) as e:
-                raise BusError(f"object {key}: {e or type(e).__name__}") from None
+                raise trouble(f"object {key}", e) from None
 
     async def delete_blobs(self, job: str) -> int:
         """Delete a finished job's objects, but the bodies of results: trainers may still read those.
@@ -421,7 +438,7 @@ class Bus:
         except nats.js.errors.NotFoundError:  # the client's word for an empty store
             return 0
         except (TimeoutError, nats.errors.Error) as e:
-            raise BusError(f"object store {subjects.BLOBS}: {e or type(e).__name__}") from None
+            raise trouble(f"object store {subjects.BLOBS}", e) from None
         names = [str(entry.name) for entry in entries if self._outlived(entry, job)]
         for name in names:
             await self._api(store.delete(name), f"object {name}")
@@ -445,21 +462,37 @@ class Bus:
     async def hand_back(self, delivery: Delivery) -> None:
         """Return a leased message that this worker did not get done, through no fault of the message.
 
-        The broker counts this delivery like any other, so it is noted beside (see `handed_back`): first the note, then
+        The broker counts this delivery like any other, so it is noted beside (see `tries`): first the note, then
         the nak. A crash in between costs the message one further try. A note that cannot be stored costs it one less.
         """
-        note = f"{_hand_backs_of(delivery)}.{delivery.deliveries}"
         with contextlib.suppress(BusError, TimeoutError):
-            await asyncio.wait_for(self._publisher.publish(note, b"", {ID_HEADER: note}), HAND_BACK_LIMIT_S)
+            await asyncio.wait_for(self._note(delivery, "returned"), HAND_BACK_LIMIT_S)
         await delivery.nak()
 
-    async def handed_back(self, delivery: Delivery) -> int:
-        """How many of a message's deliveries ended in `hand_back`; a week's are known. Raises BusError."""
-        notes = f"{_hand_backs_of(delivery)}.*"
+    async def note_try(self, delivery: Delivery) -> None:
+        """Note that work on this delivery begins: should the worker die now, it counts. Raises BusError."""
+        await self._note(delivery, "begun")
+
+    async def _note(self, delivery: Delivery, what: str) -> None:
+        note = f"{_notes_on(delivery)}.{delivery.deliveries}.{what}"
+        await self._publisher.publish(note, b"", {ID_HEADER: note})
+
+    async def tries(self, delivery: Delivery) -> int:
+        """How many earlier deliveries of the message were worked on and came to no end.
+
+        Of the first ones (`FREE_DELIVERIES`) every one counts that was not handed back: whether work on them began is
+        not noted. A worker that died with a message still in its buffer makes no further try of it. A week's notes are
+        known. Raises BusError.
+        """
+        notes = f"{_notes_on(delivery)}.>"
         info = await self._api(
             self.js.stream_info(subjects.ADVISORIES, subjects_filter=notes), f"stream {subjects.ADVISORIES}"
         )
-        return len(info.state.subjects or {})  # distinct deliveries: a note stored twice counts once
+        noted = {tuple(note.split(".")[-2:]) for note in info.state.subjects or {}}
+        return sum(
+            (number <= FREE_DELIVERIES or (str(number), "begun") in noted) and (str(number), "returned") not in noted
+            for number in range(1, delivery.deliveries)
+        )
 
     async def ack_confirmed(self, reply: str) -> None:
         """Ack a delivery and wait until the broker says that it has noted it. Raises BusError where it does not."""
@@ -496,7 +529,7 @@ class Bus:
             except nats.js.errors.NotFoundError:
                 return
             except (TimeoutError, nats.errors.Error) as e:
-                raise BusError(f"stream {stream}: {e or type(e).__name__}") from None
+                raise trouble(f"stream {stream}", e) from None
             yield int(found.seq or 0), str(found.subject), (found.headers or {}).get(ID_HEADER, "")
             sequence = int(found.seq or 0) + 1
 
@@ -519,7 +552,7 @@ class Bus:
                 await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), inbox)
                 sequence = await self._ids_of_batch(stream, arrived, found)
         except nats.errors.Error as e:
-            raise BusError(f"stream {stream}: {e or type(e).__name__}") from None
+            raise trouble(f"stream {stream}", e) from None
         finally:
             with contextlib.suppress(nats.errors.Error):
                 await subscription.unsubscribe()
@@ -552,6 +585,19 @@ class Bus:
         finally:
             await follower.close()
 
+    async def outcome(self, stream: str, subject: str) -> tuple[int, Outcome] | None:
+        """(sequence, what it is) of the one result of a rollout; None where it has none. Raises BusError."""
+        try:
+            found = await asyncio.wait_for(self.js.get_last_msg(stream, subject), API_LIMIT_S)
+        except nats.js.errors.NotFoundError:
+            return None
+        except (TimeoutError, nats.errors.Error) as e:
+            raise trouble(f"stream {stream}", e) from None
+        headers = found.headers or {}
+        task, rollout = subject.split(".")[3:5]
+        outcome = Outcome(int(task), int(rollout), headers.get(ID_HEADER, ""), headers.get(FAILURE_HEADER))
+        return int(found.seq or 0), outcome
+
     async def recorded(self, stream: str, subject: str) -> set[tuple[int, int]]:
         """(task index, rollout index) of every stored result of `subject`; bodies are not transferred."""
         return {(o.task_index, o.rollout_index) async for o in self.outcomes(stream, subject)}
@@ -563,7 +609,7 @@ class Bus:
         except nats.js.errors.NotFoundError:
             return None
         except (TimeoutError, nats.errors.Error) as e:
-            raise BusError(f"stream {stream}: {e or type(e).__name__}") from None
+            raise trouble(f"stream {stream}", e) from None
         return (found.headers or {}).get(ID_HEADER, ""), found.data or b""
 
     async def delete(self, stream: str, sequence: int) -> None:
@@ -573,7 +619,7 @@ class Bus:
         except (TimeoutError, nats.errors.Error) as e:
             may_be_gone = getattr(e, "err_code", None) in MESSAGE_GONE
             if not may_be_gone or await self.message_at(stream, sequence) is not None:
-                raise BusError(f"stream {stream}: {e or type(e).__name__}") from None
+                raise trouble(f"stream {stream}", e) from None
 
     async def purge(self, stream: str, subject: str) -> None:
         """Remove every message of `subject`."""
@@ -599,7 +645,7 @@ class Bus:
         except (nats.js.errors.KeyNotFoundError, nats.js.errors.KeyDeletedError):
             return None
         except (TimeoutError, nats.errors.Error) as e:
-            raise BusError(f"{bucket}/{key}: {e or type(e).__name__}") from None
+            raise trouble(f"{bucket}/{key}", e) from None
         return msgspec.json.decode(entry.value or b"null", type=type_), int(entry.revision or 0)
 
     async def swap(self, bucket: str, key: str, value: Any, revision: int) -> int | None:
@@ -613,7 +659,7 @@ class Bus:
         except (nats.js.errors.KeyWrongLastSequenceError, nats.js.errors.BadRequestError):
             return None
         except (TimeoutError, nats.errors.Error) as e:
-            raise BusError(f"{bucket}/{key}: {e or type(e).__name__}") from None
+            raise trouble(f"{bucket}/{key}", e) from None
 
     async def remove(self, bucket: str, key: str) -> None:
         """Delete a key, its history included."""
@@ -628,7 +674,7 @@ class Bus:
         except nats.js.errors.NoKeysError:
             return []
         except (TimeoutError, nats.errors.Error) as e:
-            raise BusError(f"{bucket}: {e or type(e).__name__}") from None
+            raise trouble(bucket, e) from None
 
     async def announce(self, subject: str, body: bytes = b"") -> None:
         """Tell whoever listens now; not stored. Raises BusError where the server does not confirm within 2 s."""
@@ -636,7 +682,7 @@ class Bus:
             await self.client.publish(subject, body)
             await self.client.flush(timeout=2)
         except (TimeoutError, nats.errors.Error) as e:
-            raise BusError(f"{subject}: {e or type(e).__name__}") from None
+            raise trouble(subject, e) from None
 
     async def listen(self, subject: str, callback: Callable[[str, bytes], None]) -> None:
         """Call back for every announcement on `subject`."""
@@ -647,9 +693,9 @@ class Bus:
         await self.client.subscribe(subject, cb=on_message)
 
 
-def _hand_backs_of(delivery: Delivery) -> str:
+def _notes_on(delivery: Delivery) -> str:
     # The time tells the message from one at the same sequence of a stream that was made anew or rolled back.
-    return f"{HAND_BACK}.{delivery.stream}.{delivery.sequence}.{delivery.stored_at_ns}"
+    return f"{DELIVERIES}.{delivery.stream}.{delivery.sequence}.{delivery.stored_at_ns}"
 
 
 def _remedy(error: Exception) -> str:
@@ -661,9 +707,9 @@ def _remedy(error: Exception) -> str:
 
 
 def redact(url: str) -> str:
-    """The address without user and password."""
-    scheme, separator, rest = url.rpartition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+    """The address, or several with commas, without user and password."""
+    parts = (server.rpartition("://") for server in url.split(","))
+    return ",".join(f"{scheme}{separator}{rest.rpartition('@')[2]}" for scheme, separator, rest in parts)
 
 
 def as_result(message: Message) -> Result:

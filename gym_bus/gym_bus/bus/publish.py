@@ -45,6 +45,11 @@ class Refused(BusError):
     retryable = False
 
 
+def trouble(what: str, error: Exception) -> BusError:
+    """What went wrong with `what`, in words: an answer that does not come has none of its own."""
+    return BusError(f"{what}: {'no answer in time' if isinstance(error, TimeoutError) else str(error) or repr(error)}")
+
+
 class Admission:
     """A gate bounded in count and bytes; waiters pass in the order they came."""
 
@@ -176,7 +181,7 @@ class Publisher:
         except (nats.errors.ConnectionClosedError, nats.errors.ConnectionDrainingError) as e:
             raise Refused(f"{subject}: the connection is closed") from e
         except nats.errors.Error as e:
-            raise BusError(f"{subject}: {e or type(e).__name__}") from e
+            raise trouble(subject, e) from e
         finally:
             self._unacked.pop(token, None)
             self._gate.leave(len(payload))

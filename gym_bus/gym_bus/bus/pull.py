@@ -46,13 +46,15 @@ IDLE_HEARTBEAT_S = 2.0
 
 CLAIM_HEADER = "Gym-Claim"
 CLAIM_BYTES_HEADER = "Gym-Claim-Bytes"
+FAILURE_HEADER = "Gym-Failure"
+"""On failed results, their class: whoever counts them needs no bodies."""
 ID_HEADER = "Nats-Msg-Id"
 
 
 class Delivery:
     """One leased message."""
 
-    __slots__ = ("_bus", "data", "headers", "message_id", "reply", "size_bytes", "subject")
+    __slots__ = ("_bus", "_copies", "data", "headers", "message_id", "reply", "size_bytes", "subject")
 
     def __init__(self, bus: Bus, message: Msg) -> None:
         self._bus = bus
@@ -61,6 +63,22 @@ class Delivery:
         self.message_id = self.headers.get(ID_HEADER) or f"{self.subject}@{self.sequence}"
         self.size_bytes = len(self.data) + int(self.headers.get(CLAIM_BYTES_HEADER) or 0)
         """Of the body, wherever it is: in the message or behind its claim."""
+        self._copies: dict[int, str] = {}
+
+    def came_again(self, other: Delivery) -> None:
+        """The same message was delivered again while it is held, or another one of the same id.
+
+        Of the same one, the newest delivery is answered: the lease was over. A second one of the same id was stored by
+        a broker that had forgotten the first when it was restarted: every answer goes for both.
+        """
+        if other.sequence == self.sequence:
+            self.reply = other.reply
+        else:
+            self._copies[other.sequence] = other.reply
+
+    async def _answer(self, body: bytes) -> None:
+        for reply in (self.reply, *self._copies.values()):
+            await self._bus.respond(reply, body)
 
     def _part(self, place: int) -> str:
         # $JS.ACK.[domain.account.]stream.consumer.deliveries.stream_seq.consumer_seq.time.pending[.token]
@@ -125,20 +143,20 @@ class Delivery:
 
     async def ack(self) -> None:
         """The message is done."""
-        await self._bus.respond(self.reply, b"+ACK")
+        await self._answer(b"+ACK")
 
     async def nak(self, delay_s: float = 0.0) -> None:
         """Deliver it again, after `delay_s` seconds."""
         body = b'-NAK {"delay": %d}' % int(delay_s * 1e9) if delay_s > 0 else b"-NAK"
-        await self._bus.respond(self.reply, body)
+        await self._answer(body)
 
     async def term(self, reason: str) -> None:
         """Never deliver it again."""
-        await self._bus.respond(self.reply, b"+TERM " + reason.encode()[:200])
+        await self._answer(b"+TERM " + reason.encode()[:200])
 
     async def extend(self) -> None:
         """Still working: keep the lease."""
-        await self._bus.respond(self.reply, b"+WPI")
+        await self._answer(b"+WPI")
 
 
 def _unbounded() -> int:

@@ -14,9 +14,11 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from gym_bus.config import Config, Layer, ModelConfig, load_config
-from gym_bus.errors import UsageError, did_you_mean
+from gym_bus.config import ENV_FILE, Config, Layer, ModelConfig, Resolved, resolve
+from gym_bus.errors import ConfigError, UsageError, did_you_mean
 from gym_bus.logs import configure_logs
+from gym_bus.origins import Origins
+from gym_bus.registry import Registry
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,7 +26,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
 
-ENV_FILE = Path("env.yaml")
 BUILTIN = Layer("built-in models", {"models": {"simulated": {"kind": "simulated"}}})
 
 config_option = click.option(
@@ -33,6 +34,20 @@ config_option = click.option(
 nats_option = click.option("--nats", metavar="URL", help="A running NATS server (nats://host:port).")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+class Choice(click.Choice[str]):
+    """As click's, with suggestions."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """What is wrong with the value, near misses, and all values."""
+        return f"unknown {str(value)!r}: {did_you_mean(str(value), map(str, self.choices))}"
+
+
+def names_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments without and with a `=`."""
+    names = [text for text in arguments if "=" not in text]
+    return names, [text for text in arguments if "=" in text]
 
 
 def settings(
@@ -45,28 +60,40 @@ def settings(
         except msgspec.DecodeError as e:
             raise UsageError(f"--config -: not a configuration: {e}") from None
     else:
-        more = [f"bus.url={nats}"] if nats else []
-        layers = [BUILTIN, *_env_model(), *base]
-        config = load_config([Path(f) for f in config_files], [*overrides, *more], env_file=ENV_FILE, base=layers)
+        found = resolved(config_files, overrides, nats, base)
+        config = found.config()
+        check_names(config, found.origins)
     configure_logs(config.log_level)
     return config
 
 
-def _env_model() -> list[Layer]:
-    """NeMo Gym's `policy_*` keys of `env.yaml` make a model named `policy`."""
-    from gym_bus.config import read_yaml
+def resolved(
+    config_files: Sequence[str], overrides: Sequence[str], nats: str | None = None, base: Sequence[Layer] = ()
+) -> Resolved:
+    """The merged configuration of a command, unchecked, with where everything was written."""
+    more = [f"bus.url={nats}"] if nats else []
+    return resolve([Path(f) for f in config_files], [*overrides, *more], env_file=ENV_FILE, base=[BUILTIN, *base])
 
-    if not ENV_FILE.exists():
-        return []
-    env = read_yaml(ENV_FILE)
-    if "policy_base_url" not in env:
-        return []
-    policy = {"base_url": env["policy_base_url"]}
-    if "policy_model_name" in env:
-        policy["model"] = env["policy_model_name"]
-    if "policy_api_key" in env:
-        policy["api_key"] = env["policy_api_key"]
-    return [Layer(str(ENV_FILE), {"models": {"policy": policy}})]
+
+def check_names(config: Config, origins: Origins) -> None:
+    """Raise ConfigError where the settings name an agent or a verifier that is not registered."""
+    if config.agent.names:
+        from gym_bus.agents.registry import AGENTS
+
+        _check_known("agent", config.agent.names, AGENTS, origins)
+    if config.verifier.names:
+        from gym_bus.verifiers.registry import VERIFIERS
+
+        _check_known("verifier", config.verifier.names, VERIFIERS, origins)
+
+
+def _check_known(what: str, names: Sequence[str], known: Registry[Any], origins: Origins) -> None:
+    key = f"{what}.names"
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"{origins.nearest(key)}: key {key!r}: unknown {what} {name!r}: {did_you_mean(name, known)}"
+            )
 
 
 def choose_model(config: Config, name: str | None) -> str:

@@ -44,9 +44,14 @@ class Live:
         self._said_at = time.monotonic()
 
     def begin(self, run: RunProgress) -> None:
-        """The run has started; the loop's timer keeps the display fresh."""
+        """The run has started, or its next round has; the loop's timer keeps the display fresh."""
+        begun = self._run is not None
         self._run = run
         if self._quiet:
+            return
+        if begun:
+            if self._bar is not None and self._task is not None:
+                self._bar.update(self._task, total=run.total)
             return
         if common.err.is_terminal:
             self._bar = Progress(
@@ -136,12 +141,17 @@ class Summary(msgspec.Struct, kw_only=True):
     rollouts_per_s: float
     resumed: bool
     files: dict[str, str]
+    until_ci: dict[str, Any] | None = None
+    """Of a run with `--until-ci`: the interval of pass@1 over these very tasks, and how it ended."""
 
 
-def summarize(job: Job, result: RunResult, profile: Profile) -> Summary:
+def summarize(job: Job, result: RunResult, profile: Profile, until_ci: dict[str, Any] | None = None) -> Summary:
     """Everything that the closing table shows."""
     tally = result.ledger.tally
     estimates = profile.agents[0].estimates if profile.agents else {}
+    if until_ci and "pass@1" in estimates:
+        # Only hard tasks have many repeats: pass@k over those alone would be of other tasks than pass@1.
+        estimates = {name: e for name, e in estimates.items() if e.skipped == estimates["pass@1"].skipped}
     return Summary(
         job=job.record.job,
         benchmark=job.manifest.benchmark,
@@ -154,7 +164,7 @@ def summarize(job: Job, result: RunResult, profile: Profile) -> Summary:
         scored=profile.counts.scored,
         failed=profile.counts.failed,
         failed_by_class=profile.counts.failed_by_class,
-        pass_at={name: msgspec.to_builtins(estimate) for name, estimate in estimates.items()},
+        pass_at={name: msgspec.to_builtins(e) for name, e in estimates.items() if name.startswith("pass@")},
         mean_reward=tally.reward_sum / tally.scored if tally.scored else None,
         input_tokens=tally.input_tokens,
         output_tokens=tally.output_tokens,
@@ -167,8 +177,10 @@ def summarize(job: Job, result: RunResult, profile: Profile) -> Summary:
             "materialized_inputs": str(job.files.inputs),
             "reward_profiling": str(job.files.profile),
             "aggregate_metrics": str(job.files.aggregate),
+            "agent_metrics": str(job.files.agent_metrics),
             "manifest": str(job.files.manifest),
         },
+        until_ci=until_ci,
     )
 
 
@@ -176,9 +188,12 @@ def print_summary(s: Summary) -> None:
     """The closing table."""
     shown = common.table(f"{s.benchmark} · {s.model} · {s.job}", "", "")
     for name, estimate in s.pass_at.items():
-        shown.add_row(name, _estimate(estimate))
+        shown.add_row(name, estimate_words(estimate))
+    if s.until_ci:
+        shown.add_row("pass@1, these tasks", _until_ci_words(s.until_ci))
     shown.add_row("mean reward", "none scored" if s.mean_reward is None else f"{s.mean_reward:.4f}")
-    shown.add_row("rollouts", f"{s.expected:,} = {s.tasks:,} tasks x {s.num_repeats}")
+    repeats = f"{s.num_repeats} and more, as needed" if s.until_ci else str(s.num_repeats)
+    shown.add_row("rollouts", f"{s.expected:,} = {s.tasks:,} tasks x {repeats}")
     shown.add_row("scored", f"{s.scored:,}")
     shown.add_row("failed", f"{s.failed:,}{_classes(s.failed_by_class)}")
     if missing := s.expected - s.scored - s.failed:
@@ -201,7 +216,8 @@ def _classes(failed: dict[str, int]) -> str:
     return f" ({', '.join(f'{kind} {count:,}' for kind, count in sorted(failed.items()))})" if failed else ""
 
 
-def _estimate(estimate: dict[str, Any]) -> str:
+def estimate_words(estimate: dict[str, Any]) -> str:
+    """An estimate with its interval and the tasks that it is not over."""
     if estimate["mean"] is None:
         return "no task has enough scored rollouts"
     text = f"{100 * estimate['mean']:.2f} %"
@@ -210,6 +226,20 @@ def _estimate(estimate: dict[str, Any]) -> str:
     if estimate["skipped"]:
         text += f"  [{estimate['skipped']} tasks with too few rewards left out]"
     return text
+
+
+ENDED = {
+    "reached": "as wanted",
+    "limit": "the limits allow no more",
+    "cancelled": "cancelled",
+    "nothing scored": "no task has a reward",
+}
+
+
+def _until_ci_words(until_ci: dict[str, Any]) -> str:
+    low, high, half = 100 * until_ci["low"], 100 * until_ci["high"], 100 * until_ci["half_width"]
+    how = f"{100 * until_ci['target']:g} wanted; {ENDED[until_ci['ended']]}; after {until_ci['rounds']} rounds"
+    return f"{low:.2f} to {high:.2f} %, half-width {half:.2f} ({how})"
 
 
 def print_statuses(statuses: list[Status]) -> None:

@@ -12,11 +12,14 @@ import msgspec
 
 from gym_bus.bus import Bus
 from gym_bus.cli import common, display
+from gym_bus.cli.adaptive import run_adaptively, take_aim, until_ci, until_options
+from gym_bus.cli.analysis import aggregate, compare, profile
+from gym_bus.cli.replay import replay
 from gym_bus.config import Config
 from gym_bus.errors import UsageError
 from gym_bus.jobs import JobRecord, find_job, list_jobs
 from gym_bus.results.profile import profile_job
-from gym_bus.workers.plan import Job, Wanted, plan_job, write_down
+from gym_bus.workers.plan import Job, Shard, Wanted, plan_job, write_down
 from gym_bus.workers.run import RunResult, Status, cancel_job, job_status, run_job, submit_job
 
 FAILURES = 1
@@ -26,6 +29,10 @@ POLL_S = 1.0
 @click.group("eval")
 def command() -> None:
     """Run benchmarks and look after the jobs."""
+
+
+for part in (aggregate, compare, profile, replay):
+    command.add_command(part)
 
 
 def job_options(function: common.F) -> common.F:
@@ -38,6 +45,7 @@ def job_options(function: common.F) -> common.F:
         click.option("--limit", type=click.IntRange(1), help="Only the first so many tasks."),
         click.option("--split", help="The benchmark's dataset, by type or name; default: its main one."),
         click.option("--input", "input_file", type=click.Path(path_type=Path), help="Rows of this file instead."),
+        click.option("--shard", metavar="I/N", help="Only tasks I, I+N, I+2N, ...; `eval aggregate` merges them."),
         click.option("--agent", metavar="NAME", help="Another agent than the benchmark's own."),
         click.option("--temperature", type=click.FloatRange(0, 100), help="Sampling parameter of every request."),
         click.option("--top-p", type=click.FloatRange(0, 1), help="Sampling parameter of every request."),
@@ -77,11 +85,13 @@ def prepare_job(options: dict[str, Any], more: tuple[str, ...] = ()) -> tuple[Jo
         split=options["split"],
         input=options["input_file"],
         agent=options["agent"],
+        shard=Shard.parse(options["shard"]) if options["shard"] else None,
     )
     plan = plan_job(wanted, config)
     if config.bus.url is not None:  # before anything is written: a run that cannot start must not take the folder
         common.run(_reach(config))
-    output: Path = options["output"] or Path("runs") / f"{plan.benchmark.spec.name}-{model}"
+    shard = f"-{wanted.shard.index}-of-{wanted.shard.count}" if wanted.shard else ""
+    output: Path = options["output"] or Path("runs") / f"{plan.benchmark.spec.name}-{model}{shard}"
     return write_down(plan, output), config
 
 
@@ -89,15 +99,20 @@ def prepare_job(options: dict[str, Any], more: tuple[str, ...] = ()) -> tuple[Jo
 @job_options
 @click.option("--concurrency", type=click.IntRange(1), help="Rollouts in flight per agent worker.")
 @click.option("--no-workers", is_flag=True, help="Only publish and record; workers are elsewhere (with --nats).")
+@until_options
 def run(concurrency: int | None, no_workers: bool, as_json: bool, **options: Any) -> int:
     """Run BENCHMARK to the end and show its scores. The same command again resumes it.
 
     Without --nats everything runs on this machine: an embedded nats-server, worker processes, the results consumer.
     """
-    if no_workers and not options["nats"]:
+    if no_workers and not options["nats"] and not _has_url(options):
         raise UsageError("--no-workers needs --nats URL: nobody else can join an embedded server")
     more = (f"agent.concurrency={concurrency}",) if concurrency else ()
+    aim = take_aim(options)
     job, config = prepare_job(options, more)
+    if aim is not None:
+        adapted = run_adaptively(job, config, aim, workers=not no_workers, quiet=as_json)
+        return finish(adapted.job, adapted.result, as_json=as_json, known=until_ci(adapted, aim))
     with display.live(quiet=as_json) as shown:
         result = common.run(run_job(job, config, workers=not no_workers, on_start=shown.begin))
     return finish(job, result, as_json=as_json)
@@ -108,10 +123,9 @@ async def _reach(config: Config) -> None:
         pass
 
 
-def finish(job: Job, result: RunResult, *, as_json: bool) -> int:
+def finish(job: Job, result: RunResult, *, as_json: bool, known: dict[str, Any] | None = None) -> int:
     """Profile, report, and say by the exit code whether there are failures."""
-    profile = profile_job(job.files)
-    summary = display.summarize(job, result, profile)
+    summary = display.summarize(job, result, profile_job(job.files), known)
     if as_json:
         common.print_json(summary)
     else:

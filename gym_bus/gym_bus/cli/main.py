@@ -14,13 +14,17 @@ from gym_bus.errors import GymBusError, did_you_mean
 FAILURES, USAGE, INTERRUPTED = 1, 2, 130
 
 COMMANDS = {
+    "audit": ("gym_bus.cli.audit", "Check that a job adds up: its account, its files, the bus."),
     "bench": ("gym_bus.cli.bench", "Measure the pipeline on this machine with a simulated model."),
     "bus": ("gym_bus.cli.bus", "Set up and look at the bus."),
-    "dataset": ("gym_bus.cli.dataset", "Prepare data sets."),
-    "eval": ("gym_bus.cli.eval", "Run benchmarks: run, submit, status, watch, cancel, reverify."),
-    "list": ("gym_bus.cli.catalogue", "List benchmarks, agents, verifiers and models."),
+    "config": ("gym_bus.cli.config", "Show the configuration, and where each value comes from."),
+    "dataset": ("gym_bus.cli.dataset", "Prepare, check, bring together, and keep data sets."),
+    "eval": ("gym_bus.cli.eval", "Run benchmarks: run, submit, status, watch, cancel, replay, reverify."),
+    "list": ("gym_bus.cli.catalogue", "List benchmarks, agents, verifiers, environments and models."),
     "model": ("gym_bus.cli.model", "Serve recorded or simulated models over HTTP."),
     "sandbox": ("gym_bus.cli.sandbox", "Show what protects this machine from programs, and run one."),
+    "search": ("gym_bus.cli.search", "Search everything that can be listed."),
+    "why": ("gym_bus.cli.why", "Tell what a job waits for."),
     "worker": ("gym_bus.cli.worker", "Join a bus as a worker."),
 }
 """Module and help line by command: a command imports only what it needs."""

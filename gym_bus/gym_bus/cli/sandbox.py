@@ -11,27 +11,32 @@ import click
 import msgspec
 
 from gym_bus.cli import common
-from gym_bus.errors import UsageError, did_you_mean
+from gym_bus.errors import SandboxError, UsageError, did_you_mean
+from gym_bus.logs import configure_logs
 from gym_bus.sandbox.api import Ended, Limits, Outcome, Program
 
 FAILURES = 1
 SUFFIXES = {".py": "python", ".sh": "bash", ".cpp": "cpp", ".cc": "cpp", ".js": "javascript", ".sql": "sql"}
+HELD = {True: "held", False: "not held", None: "not protected"}
 
-
-@click.group("sandbox")
-def command() -> None:
-    """Look at the sandbox, and run a program in it."""
-
-
-@command.command("doctor")
-@click.option("--quick", is_flag=True, help="Only the protections; leave the hostile programs out.")
-@click.option(
+least_option = click.option(
     "--least",
     type=click.Choice(["namespaces", "landlock"]),
     default="namespaces",
     show_default=True,
     help="The lowest level that will do, as verifier.sandbox_level.",
 )
+
+
+@click.group("sandbox")
+def command() -> None:
+    """Look at the sandbox, and run a program in it."""
+    configure_logs()
+
+
+@command.command("doctor")
+@click.option("--quick", is_flag=True, help="Only the protections; leave the hostile programs out.")
+@least_option
 @common.json_option
 def doctor(quick: bool, least: str, as_json: bool) -> int:
     """Show the protections of this machine, and try them with programs that want to get out.
@@ -39,12 +44,11 @@ def doctor(quick: bool, least: str, as_json: bool) -> int:
     Exits with 1 where a program was not held, with 2 where this machine does not give the level.
     """
     report = common.run(_examine(quick, least, quiet=as_json))
-    failed = [held for held in report["programs"] if not held["held"]]
     if as_json:
         common.print_json(report)
     else:
-        _print_report(report, failed)
-    return FAILURES if failed else 0
+        _print_report(report)
+    return FAILURES if any(one["held"] is False for one in report["programs"]) else 0
 
 
 async def _examine(quick: bool, least: str, *, quiet: bool) -> dict[str, Any]:
@@ -54,33 +58,41 @@ async def _examine(quick: bool, least: str, *, quiet: bool) -> dict[str, Any]:
 
     slot = await Slot.start(least=Level(least))
     try:
-        protections = [msgspec.to_builtins(p) for p in slot.protections()]
+        protections = slot.protections()
         programs: list[dict[str, Any]] = []
         if not quick:
             with click.progressbar(length=len(ATTACKS), label="hostile programs", file=sys.stderr, hidden=quiet) as bar:
-                async for held in examine(slot):
+                async for held in examine(slot, protections, ATTACKS):
                     programs.append(msgspec.to_builtins(held))
                     bar.update(1)
     finally:
         await slot.close()
-    return {"level": slot.level, "protections": protections, "programs": programs}
+    return {
+        "level": slot.level,
+        "lowered": slot.lowered,
+        "protections": msgspec.to_builtins(protections),
+        "programs": programs,
+    }
 
 
-def _print_report(report: dict[str, Any], failed: list[dict[str, Any]]) -> None:
+def _print_report(report: dict[str, Any]) -> None:
     shown = common.table(f"protections: level {report['level']}", "protection", "active", "how")
     for protection in report["protections"]:
         shown.add_row(protection["name"], "yes" if protection["active"] else "no", protection["how"])
     common.out.print(shown, soft_wrap=True)
+    if report["lowered"]:
+        click.echo(f"not level namespaces: {report['lowered']}")
     if not report["programs"]:
         return
-    groups = common.table("hostile programs", "group", "held", "of")
-    names = dict.fromkeys(held["group"] for held in report["programs"])
+    groups = common.table("hostile programs", "group", *HELD.values())
+    names = dict.fromkeys(one["group"] for one in report["programs"])
     for name in names:
-        own = [held for held in report["programs"] if held["group"] == name]
-        groups.add_row(name, str(sum(held["held"] for held in own)), str(len(own)))
+        own = [one["held"] for one in report["programs"] if one["group"] == name]
+        groups.add_row(name, *(str(own.count(held)) for held in HELD))
     common.out.print(groups, soft_wrap=True)
-    for held in failed:
-        click.echo(f"not held: {held['group']}: {held['name']}: {held['detail']}")
+    for one in report["programs"]:
+        if not one["held"]:
+            click.echo(f"{HELD[one['held']]}: {one['group']}: {one['name']}: {one['detail']}")
 
 
 @command.command("run")
@@ -89,6 +101,7 @@ def _print_report(report: dict[str, Any], failed: list[dict[str, Any]]) -> None:
 @click.option("--language", type=str, help="Default: by the file's name.")
 @click.option("--stdin", "stdin_file", type=click.Path(path_type=Path), help="File that the program reads.")
 @click.option("--limit", "limits", multiple=True, metavar="KEY=VALUE", help="wall_s, cpu_s, memory_bytes, ...")
+@least_option
 @common.json_option
 def run(
     file: Path,
@@ -96,14 +109,20 @@ def run(
     language: str | None,
     stdin_file: Path | None,
     limits: tuple[str, ...],
+    least: str,
     as_json: bool,
 ) -> int:
     """Run the program in FILE, isolated, and show what it printed and how it ended.
 
-    Exits with 0 where the program exited with 0, with 1 where it did not.
+    Exits with 0 where the program exited with 0, with 1 where it did not, with 2 where it could not be run.
     """
     program = Program(source=_read(file), language=language or SUFFIXES.get(file.suffix, "python"), arguments=arguments)
-    outcome = common.run(_run(program, _read(stdin_file) if stdin_file else b"", _limits(limits)))
+    try:
+        outcome = common.run(_run(program, _read(stdin_file) if stdin_file else b"", _limits(limits), least))
+    except SandboxError as e:
+        if as_json:
+            common.print_json({"ended": Ended.of(e), "detail": str(e)})
+        raise
     if as_json:
         common.print_json(_shown(outcome))
     else:
@@ -138,10 +157,11 @@ def _limits(given: tuple[str, ...]) -> Limits:
         raise UsageError(f"--limit: {e}") from None
 
 
-async def _run(program: Program, stdin: bytes, limits: Limits) -> Outcome:
+async def _run(program: Program, stdin: bytes, limits: Limits, least: str) -> Outcome:
+    from gym_bus.sandbox.protections import Level
     from gym_bus.sandbox.slot import Slot
 
-    slot = await Slot.start()
+    slot = await Slot.start(least=Level(least))
     try:
         return await asyncio.wait_for(slot.run(program, stdin, limits), 4 * limits.wall_s + 60)
     finally:

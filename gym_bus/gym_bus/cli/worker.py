@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -46,4 +47,5 @@ def command(
     else:
         from gym_bus.workers.main import run_worker
 
-        common.run(run_worker(cast(Literal["agent", "verifier"], role), config, ready=ready))
+        tell = partial(click.echo, err=True)
+        common.run(run_worker(cast(Literal["agent", "verifier"], role), config, ready=ready, tell=tell))

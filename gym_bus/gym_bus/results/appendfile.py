@@ -39,6 +39,21 @@ class AppendFile:
         """Release the file. Nothing waits to be written."""
         os.close(self._fd)
 
+    @property
+    def size(self) -> int:
+        """Bytes of whole lines: where the next line will begin."""
+        return self._size
+
+    def line_at(self, offset: int) -> bytes:
+        """The line that begins at `offset`, as it was found or written there. Raises UsageError where it is gone."""
+        parts: list[bytes] = []
+        while not parts or b"\n" not in parts[-1]:
+            part = os.pread(self._fd, 1 << 16, offset + sum(map(len, parts)))
+            if not part:
+                raise UsageError(f"{self.path}: changed by somebody else; run the same command again")
+            parts.append(part)
+        return b"".join(parts).partition(b"\n")[0]
+
     def read(self, decoder: msgspec.json.Decoder[T], torn: list[Torn]) -> Iterator[tuple[Line, T]]:
         """Every line and its content; a torn last line is cut off and reported in `torn`.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
+from collections.abc import Sequence
 from hashlib import blake2b
 from math import isinf, nan
 from pathlib import Path
@@ -102,27 +104,33 @@ class Keys:
         return (self.task << 31) | self.rollout
 
 
+INDICES = frozenset({"_ng_task_index", "_ng_rollout_index"})
+"""Numbers that say whose line it is, and nothing about the rollout."""
+
+
 class Columns:
     """Every top-level number and truth value of the scored rollouts, and those of their `response.usage`."""
 
-    def __init__(self, keys: Keys, answer_key: str) -> None:
+    def __init__(self, keys: Keys, answer_keys: Sequence[str]) -> None:
         self.keys = keys
-        self.answered = False
-        """Whether any rollout has the answer key."""
-        self._answer_key = answer_key
+        self._answer_keys = tuple(answer_keys)
+        self._answered: Counter[str] = Counter()
         self._numbers: dict[str, array[float]] = {"reward": array("d")}
         self._fractional: set[str] = set()
-        self._answers = array("q")
+        self._answers = {key: array("q") for key in answer_keys}
         self._answer_ids: dict[bytes, int] = {}
+        self._rows = 0
 
     def add(self, fields: Fields, usage: Fields) -> None:
         """The numbers of one more rollout. Where a field and a usage key share a name, usage wins."""
-        done = len(self._answers)
-        self._answers.append(self._answer_id(fields.get(self._answer_key)))
-        self.answered |= self._answer_key in fields
+        done = self._rows
+        self._rows += 1
+        for key in self._answer_keys:
+            self._answers[key].append(self._answer_id(fields.get(key)))
+            self._answered[key] += key in fields
         for source in (fields, usage):
             for name, value in source.items():
-                if not name.startswith("_ng_") and (number := self._number(name, bytes(value))) is not None:
+                if name not in INDICES and (number := self._number(name, bytes(value))) is not None:
                     column = self._numbers.get(name)
                     if column is None:
                         column = self._numbers[name] = array("d", [nan]) * done
@@ -156,17 +164,24 @@ class Columns:
         """By name, shape [lines]; NaN where a rollout has no such field."""
         return {name: np.array(column) for name, column in self._numbers.items()}
 
-    def answers(self) -> Ints:
-        """Equal numbers for equal answers, shape [lines]."""
-        return np.array(self._answers, np.int64)
+    @property
+    def answer_key(self) -> str | None:
+        """The answer key that most rollouts have, None where no rollout has any; of several the first."""
+        key = max(self._answer_keys, key=lambda key: self._answered[key], default=None)
+        return key if key is not None and self._answered[key] else None
+
+    def answers(self) -> Ints | None:
+        """Equal numbers for equal answers, shape [lines]; None where no rollout has an answer key."""
+        key = self.answer_key
+        return None if key is None else np.array(self._answers[key], np.int64)
 
 
-def read_scored(path: Path, agents: dict[str, int], answer_key: str) -> Columns:
+def read_scored(path: Path, agents: dict[str, int], answer_keys: Sequence[str]) -> Columns:
     """The columns of a rollouts file; a torn last line is passed over."""
-    columns = Columns(Keys(agents), answer_key)
+    columns = Columns(Keys(agents), answer_keys)
     head = msgspec.json.Decoder(_ScoredHead)
     for line, scored in decode_lines(path, head, unended_ok=True):
-        columns.keys.add(scored.task, scored.rollout, scored.agent(), line.number)
+        columns.keys.add(scored.task, scored.rollout, scored.agent(), line.number, line.offset)
         columns.add(_fields.decode(line.data), (scored.response and scored.response.usage) or {})
     return columns
 

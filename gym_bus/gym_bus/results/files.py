@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gym_bus.errors import UsageError
+
+SUFFIXES = ("_failures", "_materialized_inputs", "_reward_profiling")
+"""Of the stems of those JSONL files that are not the rollouts."""
+
 
 @dataclass(frozen=True)
 class JobFiles:
@@ -18,6 +23,26 @@ class JobFiles:
     def beside(cls, rollouts: Path) -> JobFiles:
         """The files that belong to the rollouts file `rollouts`, whatever its name."""
         return cls(rollouts.parent, rollouts.stem)
+
+    @classmethod
+    def found_at(cls, path: Path) -> JobFiles:
+        """The files of the job meant by a rollouts file, or by the folder it lies in.
+
+        Raises:
+            UsageError: no such path, no rollouts file in the folder, or several.
+        """
+        if path.is_file():
+            return cls.beside(path)
+        if not path.is_dir():
+            raise UsageError(f"{path}: no such file or folder")
+        if cls(path).rollouts.exists():
+            return cls(path)
+        found = [at for at in sorted(path.glob("*.jsonl")) if not at.stem.endswith(SUFFIXES)]
+        if len(found) != 1:
+            names = ", ".join(at.name for at in found)
+            there = f"name one of its rollouts files: {names}" if found else "no rollouts file (rollouts.jsonl) in it"
+            raise UsageError(f"{path}: {there}")
+        return cls.beside(found[0])
 
     @property
     def rollouts(self) -> Path:
@@ -45,9 +70,19 @@ class JobFiles:
         return self.folder / f"{self.stem}_aggregate_metrics.json"
 
     @property
+    def agent_metrics(self) -> Path:
+        """A JSON array: one entry per agent, of the numeric fields alone, as NeMo Gym's `eval profile` writes it."""
+        return self.folder / f"{self.stem}_agent_metrics.json"
+
+    @property
     def manifest(self) -> Path:
         """What the job is: the identity that a resumed run must share."""
         return self.folder / "job.json"
+
+    @property
+    def adaptive(self) -> Path:
+        """The rounds of a job whose repeats are settled while it runs."""
+        return self.folder / "adaptive.json"
 
     @property
     def lock(self) -> Path:

@@ -34,6 +34,12 @@ class FailedRollout(NamedTuple):
     number: int
     """The newest attempt's number: 1 for the first try, 2 for its first retry, ..."""
     terminal: bool
+    sequence: int = 0
+    """Of its result in the stream."""
+    line_at: int = -1
+    """Where the newest attempt's line begins in the failures file; -1 where there is no file."""
+    stored_at: int = -1
+    """Where the line begins that holds an attempt to verify again; -1 where generation has to be made again."""
 
 
 class Anchor(NamedTuple):
@@ -106,9 +112,13 @@ class Ledger:
         """What is recorded of a rollout of this job."""
         return State(self._states[self._at(rollout)])
 
+    def failure(self, rollout: RolloutId) -> FailedRollout | None:
+        """The newest failed attempt of a rollout; None where there is none, or where it was scored later."""
+        return self._failures.get(self._at(rollout))
+
     def number(self, rollout: RolloutId) -> int:
-        """The newest failed attempt of a rollout, 0 where there is none."""
-        failed = self._failures.get(self._at(rollout))
+        """The number of the newest failed attempt of a rollout, 0 where there is none."""
+        failed = self.failure(rollout)
         return failed.number if failed else 0
 
     def record_scored(self, rollout: RolloutId, reward: float) -> None:

@@ -48,8 +48,72 @@ class _ItemHead(msgspec.Struct, frozen=True):
 
 _item_head: msgspec.json.Decoder[_ItemHead] = msgspec.json.Decoder(_ItemHead)
 
+MOST_HISTORY = 100
+MOST_HISTORY_CHARS = 1000
+"""Of one error in a history; the line of its own attempt has it whole."""
 
-def scored_line(result: Scored, sequence: int, *, tokens: bool = False) -> bytes:
+
+class Past(msgspec.Struct, frozen=True, kw_only=True):
+    """A failed attempt, in the history that every later line of its rollout carries."""
+
+    attempt: int
+    stage: str = ""
+    kind: str = msgspec.field(default="", name="class")
+    detail: str = ""
+    worker: str = ""
+    """Who had it in hand; empty where the bus itself failed it."""
+    at: float = 0.0
+    """Seconds since the epoch."""
+
+
+class _PastOurs(msgspec.Struct, frozen=True):
+    attempt: int = 1
+    agent_worker: str = ""
+    verifier_worker: str = ""
+    finished_at: float = 0.0
+    history: list[Past] | None = None
+
+
+class _PastLine(msgspec.Struct, frozen=True):
+    kind: str = msgspec.field(name="_ng_failure_class")
+    stage: str = msgspec.field(default="", name="_ng_failure_stage")
+    detail: str = msgspec.field(default="", name="_ng_failure_detail")
+    gym_bus: _PastOurs = _PastOurs()
+
+
+_past_line: msgspec.json.Decoder[_PastLine] = msgspec.json.Decoder(_PastLine)
+
+
+def history_of(line: bytes) -> list[Past]:
+    """Every failed attempt up to that of a line of the failures file, oldest first."""
+    past = _past_line.decode(line)
+    ours = past.gym_bus
+    if ours.history is not None:
+        return ours.history
+    worker = ours.verifier_worker or ours.agent_worker
+    one = Past(
+        attempt=ours.attempt,
+        stage=past.stage,
+        kind=past.kind,
+        detail=past.detail[:MOST_HISTORY_CHARS],
+        worker=worker,
+        at=ours.finished_at,
+    )
+    return [one]
+
+
+def _past(result: Failed) -> Past:
+    return Past(
+        attempt=result.number,
+        stage=result.failure.stage,
+        kind=result.failure.kind.value,
+        detail=result.failure.detail[:MOST_HISTORY_CHARS],
+        worker=result.verifier_worker or result.agent_worker,
+        at=result.published_at,
+    )
+
+
+def scored_line(result: Scored, sequence: int, *, tokens: bool = False, before: Sequence[Past] = ()) -> bytes:
     """The line of a scored rollout, newline included.
 
     Keys stand in this order and once each: the row's, `response`, `reward`, `reward_components` where there are any,
@@ -59,6 +123,7 @@ def scored_line(result: Scored, sequence: int, *, tokens: bool = False) -> bytes
         result: what was scored.
         sequence: the result's sequence number in its stream; the file is the stream's checkpoint.
         tokens: write token ids and log-probabilities, as NeMo Gym does, onto the last output item of each model call.
+        before: the attempts that failed before.
 
     Raises:
         ValueError: the row or the extra fields are no JSON object, or the response is no JSON.
@@ -67,6 +132,8 @@ def scored_line(result: Scored, sequence: int, *, tokens: bool = False) -> bytes
     response = _json(result.response, "response")
     ours = _provenance(result, sequence, finished_at=result.published_at)
     ours |= {"verifier_digest": result.verifier_digest}
+    if before:
+        ours["history"] = before
     if tokens and result.calls:
         placed = _with_tokens(response, result.calls)
         if placed is None:
@@ -81,11 +148,11 @@ def scored_line(result: Scored, sequence: int, *, tokens: bool = False) -> bytes
     return _finish(line, result, ours)
 
 
-def failed_line(result: Failed, sequence: int) -> bytes:
+def failed_line(result: Failed, sequence: int, *, before: Sequence[Past] = ()) -> bytes:
     """The line of a failed attempt, newline included. It never holds a `reward`.
 
     Raises:
-        ValueError: the row is no JSON object, or the response is no JSON.
+        ValueError: the row or the extra fields are no JSON object, or the response is no JSON.
     """
     line: dict[str, Any] = _object(result.row, "row")
     if result.response:
@@ -97,7 +164,21 @@ def failed_line(result: Failed, sequence: int) -> bytes:
     line["_ng_failure_detail"] = failure.detail
     if failure.kind is FailureKind.JUDGE_FAILED:
         line["_ng_failure_judge_error"] = failure.detail  # where NeMo Gym looks for it
-    return _finish(line, result, _provenance(result, sequence, finished_at=result.published_at))
+    ours = _provenance(result, sequence, finished_at=result.published_at)
+    if stored := _stored(result):
+        ours["stored"] = stored
+    ours["history"] = [*before, _past(result)][-MOST_HISTORY:]
+    return _finish(line, result, ours)
+
+
+def _stored(result: Failed) -> dict[str, Any]:
+    """What the attempt has beside its response, so that it can be verified again whole; token arrays packed, base64."""
+    stored: dict[str, Any] = {}
+    if extra := _object(result.extra, "extra"):
+        stored["extra"] = extra
+    if result.calls:
+        stored["calls"] = result.calls
+    return stored
 
 
 def _finish(line: dict[str, Any], result: Result, ours: dict[str, Any]) -> bytes:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 
 import msgspec
 
 from gym_bus.errors import UsageError
+
+ASKED_S = 0.02
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -39,7 +42,11 @@ class FileLock:
 
     def _take(self, path: Path) -> None:
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # perhaps somebody has only asked, in this very moment: see `is_locked`
+                time.sleep(ASKED_S)
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
                 f"{path.parent}: already being written by {_holder(self._fd)}; "
@@ -53,6 +60,23 @@ class FileLock:
     def release(self) -> None:
         """Let the next writer in. The file stays: removing it could split the lock between two writers."""
         os.close(self._fd)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock now; asking leaves no trace."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(fd)
+    return False
 
 
 def _holder(fd: int) -> str:

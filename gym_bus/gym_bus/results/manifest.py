@@ -43,7 +43,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Content hash of the verifier's code and options: equal digests judge alike."""
     config_digest: str
     """SHA-256 over the settings that change results (sampling parameters, limits), hex."""
+    limit_s: float = 3600.0
+    """Wall-clock limit of one rollout's generation, seconds."""
     gym_bus_version: str
+    shard: str = ""
+    """`i/n`: only the tasks whose index leaves the remainder i when divided by n; empty for all."""
+    shard_of: str = ""
+    """Of a shard: SHA-256 over the rows of all shards, hex. Equal digests can be merged."""
+    merged: list[str] = []
+    """The jobs whose files were merged into these; empty for a job that was run."""
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
@@ -77,15 +85,18 @@ _WORDS = {
     "verifier": "verifier",
     "verifier_options": "verifier options",
     "verifier_digest": "verifier digest",
+    "limit_s": "wall-clock limit of a rollout",
+    "shard": "shard",
+    "shard_of": "digest of the rows of all shards",
     "config_digest": "digest of model settings, recorded answers, sampling parameters and limits",
 }
 """What must not differ between two runs of one job; its id, its date and the version of gym_bus may."""
 
 
-def differences(old: Manifest, new: Manifest) -> list[str]:
+def differences(old: Manifest, new: Manifest, where: tuple[str, str] = ("in job.json", "now")) -> list[str]:
     """One sentence part per thing that makes `new` another job than the recorded `old`; empty where it is the same."""
     return [
-        f"{words}: {_show(before)} in job.json, {_show(now)} now"
+        f"{words}: {_show(before)} {where[0]}, {_show(now)} {where[1]}"
         for key, words in _WORDS.items()
         if (before := getattr(old, key)) != (now := getattr(new, key))
     ]

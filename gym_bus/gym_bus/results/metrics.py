@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gym_bus.results.statistics import Floats, Ints, task_pass_at_k
+from gym_bus.results.statistics import Floats, Ints, task_pass_all_k, task_pass_at_k
 
 NO_ANSWER = -1
 """In place of an answer's number: the rollout has none."""
@@ -81,8 +81,10 @@ def compute_pass_majority_metrics(scores: Mapping[str, Floats], answers: Ints | 
 
     Returns:
         - `pass@{k}/{s}`: over the tasks with at least k rollouts; see `statistics.task_pass_at_k`.
+        - `pass^{k}/{s}`, which NeMo Gym has not: likewise; see `statistics.task_pass_all_k`.
         - `pass@1[avg-of-{k}]/{s}`: the mean over tasks of the mean of the first k, or of all where there are fewer;
-          from k = 2 with `/std_dev_across_runs` and `/std_err_across_runs`.
+          from k = 2 with `/std_dev_across_runs`, `/std_err_across_runs`, and `/avg_sample_std_dev`: the mean over tasks
+          of the standard deviation of the first k, not in per cent.
         - `majority@{k}/{s}`: the score of the most frequent (answer, score) among the first k; the mean of those
           that tie; 0 for a task without any answer.
         - `per_sample_aggregate`: by score, the mean of all tasks' first rollouts, second rollouts, ...
@@ -102,19 +104,25 @@ def _metrics_of(metrics: Metrics, name: str, score: Floats, answers: Ints | None
     count = present.sum(axis=1)
     longest = int(count.max(initial=0))
     running = np.where(present, score, 0.0).cumsum(axis=1)
-    runs = [100.0 * float(score[present[:, i], i].mean()) for i in range(longest)]
+    runs = [_per_cent(score[present[:, i], i]) for i in range(longest)]
     majority = _majority(score, answers) if answers is not None else None
     for k in range(1, longest + 1):
-        metrics[f"pass@{k}/{name}"] = 100.0 * float(task_pass_at_k(score, k)[count >= k].mean())
-        averages = running[:, k - 1] / np.minimum(count, k)
-        metrics[f"pass@1[avg-of-{k}]/{name}"] = 100.0 * float(averages.mean())
+        metrics[f"pass@{k}/{name}"] = _per_cent(task_pass_at_k(score, k)[count >= k])
+        metrics[f"pass^{k}/{name}"] = _per_cent(task_pass_all_k(score, k)[count >= k])
+        averages = f"pass@1[avg-of-{k}]/{name}"
+        metrics[averages] = _per_cent(running[:, k - 1] / np.minimum(count, k))
         if majority is not None:
-            metrics[f"majority@{k}/{name}"] = 100.0 * float(majority[:, k - 1].mean())
+            metrics[f"majority@{k}/{name}"] = _per_cent(majority[:, k - 1])
         if k > 1:
             spread = float(np.std(runs[:k], ddof=1))
-            metrics[f"pass@1[avg-of-{k}]/{name}/std_dev_across_runs"] = spread
-            metrics[f"pass@1[avg-of-{k}]/{name}/std_err_across_runs"] = spread / k**0.5
+            metrics[f"{averages}/std_dev_across_runs"] = spread
+            metrics[f"{averages}/std_err_across_runs"] = spread / k**0.5
+            metrics[f"{averages}/avg_sample_std_dev"] = float(np.nanstd(score[count > 1, :k], axis=1, ddof=1).mean())
     return runs
+
+
+def _per_cent(values: Floats) -> float:
+    return 100.0 * float(values.sum()) / len(values)  # in this order: to the last bit what NeMo Gym writes
 
 
 def _majority(score: Floats, answers: Ints) -> Floats:
@@ -152,6 +160,11 @@ def key_metrics(agent_metrics: Mapping[str, Any]) -> Metrics:
 def powers_of_two(up_to: int) -> list[int]:
     """1, 2, 4, ... and `up_to` itself; empty for 0."""
     return sorted({1 << n for n in range(up_to.bit_length())} | {up_to}) if up_to else []
+
+
+def subset_metrics(subset: str, metrics: Metrics) -> Metrics:
+    """A subset's metrics under NeMo Gym's names: `<subset>/pass@1/accuracy`."""
+    return {f"{subset}/{name}": value for name, value in metrics.items() if name != "per_sample_aggregate"}
 
 
 def align(tasks: int, task: Ints, values: Iterable[Sequence[float] | Floats], fill: float) -> list[Floats]:

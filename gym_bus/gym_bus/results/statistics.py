@@ -57,24 +57,56 @@ def pass_at_k(rewards: Floats, k: int) -> Estimate:
     return _estimate(task_pass_at_k(rewards, k)[count >= k], rewards, count, least=k)
 
 
+def pass_all_k(rewards: Floats, k: int) -> Estimate:
+    """The expected worst of `k` rollouts of a task (pass^k), over the tasks that have at least `k` rewards."""
+    count = (~np.isnan(rewards)).sum(axis=1)
+    return _estimate(task_pass_all_k(rewards, k)[count >= k], rewards, count, least=k)
+
+
 def task_pass_at_k(rewards: Floats, k: int) -> Floats:
     """Pass@k of each task, shape [tasks]; NaN for a task with fewer than `k` rewards.
 
     Tasks whose rewards are all 0 or 1: the unbiased estimator 1 - C(wrong, k) / C(n, k), which is the share of right
     ones among all ways to draw k of the n rollouts. Others: the largest of the first k.
     """
+    packed, present = _packed(rewards, k)
+    count = present.sum(axis=1)
+    best = np.where(present, packed, -np.inf)[:, :k].max(axis=1, initial=-np.inf)
+    values = np.where(_binary(packed), 1.0 - _share_of_draws((packed == 0).sum(axis=1), count, k), best)
+    return np.where(count < k, np.nan, values)
+
+
+def task_pass_all_k(rewards: Floats, k: int) -> Floats:
+    """Pass^k of each task: whether all of k rollouts succeed; shape [tasks], NaN for a task with fewer rewards.
+
+    Tasks whose rewards are all 0 or 1: the unbiased estimator C(right, k) / C(n, k) (Yao et al. 2024, tau-bench).
+    Others: the smallest of the first k.
+    """
+    packed, present = _packed(rewards, k)
+    count = present.sum(axis=1)
+    worst = np.where(present, packed, np.inf)[:, :k].min(axis=1, initial=np.inf)
+    values = np.where(_binary(packed), _share_of_draws((packed == 1).sum(axis=1), count, k), worst)
+    return np.where(count < k, np.nan, values)
+
+
+def _packed(rewards: Floats, k: int) -> tuple[Floats, NDArray[np.bool_]]:
     if k < 1:
         raise ValueError(f"k must be 1 or more, not {k}")
     packed = pack_left(rewards)
-    present = ~np.isnan(packed)
-    count = present.sum(axis=1)
-    wrong = (packed == 0).sum(axis=1)
-    binary = (present == ((packed == 0) | (packed == 1))).all(axis=1)
-    none_right = np.ones(len(packed))
-    for drawn in range(k):  # C(wrong, k) / C(n, k), factor by factor: no overflow for any n
-        none_right *= np.maximum(wrong - drawn, 0) / np.maximum(count - drawn, 1)
-    best = np.where(present, packed, -np.inf)[:, :k].max(axis=1, initial=-np.inf)
-    return np.where(count < k, np.nan, np.where(binary, 1.0 - none_right, best))
+    return packed, ~np.isnan(packed)
+
+
+def _binary(packed: Floats) -> NDArray[np.bool_]:
+    binary: NDArray[np.bool_] = (np.isnan(packed) | (packed == 0) | (packed == 1)).all(axis=1)
+    return binary
+
+
+def _share_of_draws(of_kind: NDArray[Any], count: NDArray[Any], k: int) -> Floats:
+    """C(of_kind, k) / C(count, k), factor by factor: no overflow for any number."""
+    share = np.ones(len(count))
+    for drawn in range(k):
+        share *= np.maximum(of_kind - drawn, 0) / np.maximum(count - drawn, 1)
+    return share
 
 
 def pack_left(rewards: Floats) -> Floats:

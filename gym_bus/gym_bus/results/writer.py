@@ -15,11 +15,17 @@ from gym_bus.messages import Failed, Failure, Result, RolloutId, Scored, Usage
 from gym_bus.results.appendfile import AppendFile, Torn, append_all
 from gym_bus.results.disk import sync_folder
 from gym_bus.results.files import JobFiles
+from gym_bus.results.inputs import InputRows
 from gym_bus.results.ledger import FailedRollout, Ledger, State
-from gym_bus.results.lines import failed_line, scored_line
+from gym_bus.results.lines import Past, failed_line, history_of, scored_line
 from gym_bus.results.lock import FileLock
 
 log = get_logger(__name__)
+
+
+NO_ROW = b"{}"
+"""The row of a failure that came from elsewhere than a worker that had read its message."""
+AGENT_STAGE = "agent"
 
 
 class _Ours(msgspec.Struct, frozen=True):
@@ -44,6 +50,8 @@ class _ScoredLine(_Recorded, frozen=True, kw_only=True):
 class _FailedLine(_Recorded, frozen=True, kw_only=True):
     kind: str = msgspec.field(name="_ng_failure_class")
     terminal: bool = msgspec.field(default=False, name="_ng_failure_terminal")
+    stage: str = msgspec.field(default="", name="_ng_failure_stage")
+    response: msgspec.Raw = msgspec.Raw(b"null")
 
 
 _NO_USAGE = Usage()
@@ -103,6 +111,8 @@ class ResultsWriter:
             undo.callback(self._rollouts.close)
             self._failures = AppendFile(files.failures)
             undo.callback(self._failures.close)
+            self._inputs = InputRows(files.inputs)
+            undo.callback(self._inputs.close)
             sync_folder(files.folder)
             self._restore()
             self._held = undo.pop_all()
@@ -122,7 +132,8 @@ class ResultsWriter:
 
         One write per file and one sync for the whole batch. A rollout is scored once; a failed one may fail again or
         be scored by the same or a newer attempt. A result whose row or response is not JSON is recorded as failed
-        (class `poison`), since it could never be read back.
+        (class `poison`), since it could never be read back. A failure that came without its row, as one of the bus has
+        none, gets it from the materialized inputs; and every line carries the history of the failures before it.
 
         Raises:
             UsageError: the disk is full or failing. Nothing of the batch is recorded and the files are whole; the same
@@ -131,23 +142,41 @@ class ResultsWriter:
         fresh = self._fresh(results)
         scored = b"".join(f.line for f in fresh if isinstance(f.result, Scored))
         failed = b"".join(f.line for f in fresh if isinstance(f.result, Failed))
+        at = self._failures.size
         append_all((self._rollouts, scored), (self._failures, failed))
-        for sequence, result, _ in fresh:
-            self._record(sequence, result)
+        for one in fresh:
+            self._record(one, at)
+            at += len(one.line) if isinstance(one.result, Failed) else 0
         return [f.result for f in fresh]
+
+    def stored_line(self, rollout: RolloutId) -> bytes | None:
+        """The line of the failures file that holds an attempt of this rollout to verify again; None where none does."""
+        failed = self.ledger.failure(rollout)
+        return self._failures.line_at(failed.stored_at) if failed and failed.stored_at >= 0 else None
+
+    def input_line(self, rollout: RolloutId) -> bytes | None:
+        """The rollout's materialized input, None where there is none. Raises DataError where they cannot be read."""
+        return self._inputs.line(rollout)
 
     def _fresh(self, results: Sequence[tuple[int, Result]]) -> list[_Fresh]:
         fresh: list[_Fresh] = []
-        batch: dict[RolloutId, Result] = {}
+        batch: dict[RolloutId, _Fresh] = {}
         for sequence, result in results:
+            earlier = batch.get(result.rollout)
             if not self.ledger.holds(result.rollout):
                 self._refuse(result)
-            elif not self._is_new(result, batch.get(result.rollout)):
+            elif not self._is_new(result, earlier.result if earlier else None):
                 self.ledger.tally.repeats += 1
             else:
-                batch[result.rollout] = result
-                fresh.append(self._compose(sequence, result))
+                batch[result.rollout] = one = self._compose(sequence, result, self._history(result.rollout, earlier))
+                fresh.append(one)
         return fresh
+
+    def _history(self, rollout: RolloutId, earlier: _Fresh | None) -> list[Past]:
+        if earlier is not None:
+            return history_of(earlier.line)
+        failed = self.ledger.failure(rollout)
+        return history_of(self._failures.line_at(failed.line_at)) if failed else []
 
     def _is_new(self, result: Result, earlier: Result | None) -> bool:
         if isinstance(earlier, Scored) or self.ledger.state(result.rollout) is State.SCORED:
@@ -160,23 +189,45 @@ class ResultsWriter:
         if self.ledger.tally.refused == 1:  # the tally counts the rest: a flood of them must not flood the log
             log.warning("result_refused", rollout=str(result.rollout), job=self.ledger.job)
 
-    def _compose(self, sequence: int, result: Result) -> _Fresh:
+    def _compose(self, sequence: int, result: Result, before: list[Past]) -> _Fresh:
         try:
             if isinstance(result, Scored):
-                return _Fresh(sequence, result, scored_line(result, sequence, tokens=self._tokens))
-            return _Fresh(sequence, result, failed_line(result, sequence))
+                line = scored_line(result, sequence, tokens=self._tokens, before=before)
+                return _Fresh(sequence, result, line)
+            return _Fresh(sequence, result, failed_line(self._with_row(result), sequence, before=before))
         except ValueError as e:
             poison = _poison(result, str(e))
-            return _Fresh(sequence, poison, failed_line(poison, sequence))
+            return _Fresh(sequence, poison, failed_line(self._with_row(poison), sequence, before=before))
 
-    def _record(self, sequence: int, result: Result) -> None:
+    def _with_row(self, result: Failed) -> Failed:
+        if result.row != NO_ROW:
+            return result
+        try:
+            row = self._inputs.line(result.rollout)
+        except DataError as e:  # the failure itself is worth more than its row
+            log.warning("row_not_found", rollout=str(result.rollout), error=str(e))
+            row = None
+        return msgspec.structs.replace(result, row=row) if row else result
+
+    def _record(self, one: _Fresh, at: int) -> None:
+        result = one.result
         if isinstance(result, Scored):
             self.ledger.record_scored(result.rollout, result.reward)
         else:
             failure = result.failure
-            failed = FailedRollout(failure.kind.value, result.number, failure.terminal)
+            stored_at = self._stored_at(result.rollout, at, failure.stage, answered=bool(result.response))
+            failed = FailedRollout(failure.kind.value, result.number, failure.terminal, one.sequence, at, stored_at)
             self.ledger.record_failed(result.rollout, failed)
-        self.ledger.record_line(result.rollout, sequence, result.usage)
+        self.ledger.record_line(result.rollout, one.sequence, result.usage)
+
+    def _stored_at(self, rollout: RolloutId, at: int, stage: str, *, answered: bool) -> int:
+        """Where the newest attempt is that can be verified again, after a failure that is written at `at`."""
+        if answered:
+            return at
+        if stage == AGENT_STAGE:  # generation was made again and failed: the answer of before was given up
+            return -1
+        before = self.ledger.failure(rollout)
+        return before.stored_at if before else -1
 
     def _restore(self) -> None:
         for line, scored in self._rollouts.read(_scored_decoder, self.torn):
@@ -189,7 +240,13 @@ class ResultsWriter:
             rollout = self._check(self._failures, line.number, failed)
             attempt = failed.attempt + 1
             if self.ledger.state(rollout) is not State.SCORED and attempt > self.ledger.number(rollout):
-                self.ledger.record_failed(rollout, FailedRollout(failed.kind, attempt, failed.terminal))
+                answered = bytes(failed.response) != b"null"
+                stored_at = self._stored_at(rollout, line.offset, failed.stage, answered=answered)
+                sequence = failed.gym_bus.stream_seq
+                self.ledger.record_failed(
+                    rollout,
+                    FailedRollout(failed.kind, attempt, failed.terminal, sequence, line.offset, stored_at),
+                )
             self._restore_line(rollout, failed)
         for path, number, size_bytes in self.torn:
             log.warning("torn_line_cut", file=str(path), line=number, size_bytes=size_bytes)

@@ -19,6 +19,7 @@ from gym_bus.config import Config
 from gym_bus.errors import BusError
 from gym_bus.logs import get_logger
 from gym_bus.server import EmbeddedServer, die_with_parent
+from gym_bus.verifiers.service import require_sandbox
 
 log = get_logger(__name__)
 
@@ -28,8 +29,10 @@ RESTART_WAIT_S = 0.5
 CHECK_S = 0.5
 STOP_LIMIT_S = 30.0
 MOST_RESTARTS = 20
-"""Of one worker in a row without a minute of life: after that something is wrong that restarting does not mend."""
-LIVED_S = 60.0
+"""Of one worker in a row that lived shortly: after that something is wrong that restarting does not mend."""
+LIVED_S = 10.0
+"""Less than a lease: a worker that is killed by one message after the other, each time when its lease is over, goes on
+until all of them count as poison."""
 LOG_TAIL_BYTES = 2000
 
 
@@ -130,8 +133,13 @@ class WorkerProcess:
 class LocalStack:
     """Server (unless `bus.url` is set), connection and workers of one local run."""
 
-    def __init__(self, config: Config, folder: Path, *, workers: bool = True, verifiers_only: bool = False) -> None:
-        self.config, self._folder = config, folder
+    def __init__(
+        self, config: Config, folder: Path, *, verifier: str, workers: bool = True, verifiers_only: bool = False
+    ) -> None:
+        """Its workers serve `verifier` alone, unless `verifier.names` is set: not every job needs a sandbox."""
+        names = config.verifier.names or ((verifier,) if verifier else ())
+        verifiers = msgspec.structs.replace(config.verifier, names=names)
+        self.config, self._folder = msgspec.structs.replace(config, verifier=verifiers), folder
         self._roles = (
             [*(["agent"] * (0 if verifiers_only else config.local.agents)), *(["verifier"] * config.local.verifiers)]
             if workers
@@ -153,7 +161,10 @@ class LocalStack:
 
         Raises:
             BusError: the server did not start, or is not reachable.
+            SandboxRefused: this machine does not give the isolation that the verifier demands.
         """
+        if "verifier" in self._roles:
+            await require_sandbox(self.config.verifier)
         try:
             await self._start()
         except BaseException:

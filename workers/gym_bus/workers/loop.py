@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from collections import deque
@@ -17,10 +18,14 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from gym_bus import activity
+from gym_bus.activity import Activity
 from gym_bus.bus import Bus, Delivery, Pull
 from gym_bus.errors import BusError, FailureKind, GymBusError, PayloadTooLarge
 from gym_bus.logs import get_logger
-from gym_bus.messages import Attempt, Failed, Failure, Message, Request, Result
+from gym_bus.messages import Attempt, Failed, Failure, Message, Policy, Request, Result
+from gym_bus.workers.probation import Probation
+from gym_bus.workers.publish import number_in, patiently
 
 log = get_logger(__name__)
 
@@ -69,6 +74,24 @@ class Source(msgspec.Struct, frozen=True):
     """Served before sources that are not, and pulled even when the slots are full."""
 
 
+class Doing(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A message in the hands of a worker, as its report tells it."""
+
+    rollout: str
+    """`job.task.rollout`."""
+    what: str
+    """In a few words."""
+    since: float
+    """When it began to do this, seconds since the epoch on the worker's clock."""
+    started_at: float
+    """When the work on the message began; the same clock."""
+    delivery: int = 1
+    """How often the broker has delivered the message."""
+
+
+OLDEST = 4
+"""Messages that a report names, those that are in hand longest; once more as many where those are of other jobs."""
+OLDEST_LOOKED_AT = 1024
 URGENT_BUFFER = 16
 DELIVERIES_PER_DEATH = 200
 """The consumer's own bound is so much higher: it counts what was handed back too, and is there for our own faults."""
@@ -96,9 +119,11 @@ class Loop:
         self._pulls: list[Pull] = []
         self._urgent: deque[Delivery] = deque()
         self._ready: deque[Delivery] = deque()
+        self._probation = Probation(bus.config.max_deliver)
         self._running: dict[asyncio.Task[None], Delivery] = {}
         self._held: dict[str, Delivery] = {}
         self._held_bytes = 0
+        self._doing: dict[str, Activity] = {}
         self._answers: set[asyncio.Task[None]] = set()
         self._draining = False
         self._idle = asyncio.Event()
@@ -114,12 +139,30 @@ class Loop:
     @property
     def buffered(self) -> int:
         """Messages leased and waiting for a slot."""
-        return len(self._ready) + len(self._urgent)
+        return len(self._ready) + len(self._urgent) + len(self._probation)
+
+    @property
+    def serves(self) -> list[str]:
+        """The consumers that this loop pulls from."""
+        return [source.consumer for source in self._sources]
+
+    def oldest(self) -> list[Doing]:
+        """What has been in hand longest: a few messages, and the oldest of a few further jobs."""
+        found: list[Doing] = []
+        jobs: set[str] = set()
+        for name, doing in itertools.islice(self._doing.items(), OLDEST_LOOKED_AT):
+            rollout = name.partition("#")[0]
+            job = rollout.partition(".")[0]
+            if (len(found) < OLDEST or (job not in jobs and len(found) < 2 * OLDEST)) and name in self._held:
+                times = {"since": doing.since, "started_at": doing.started_at}
+                found.append(Doing(rollout=rollout, what=doing.what, delivery=self._held[name].deliveries, **times))
+                jobs.add(job)
+        return found
 
     async def start(self) -> None:
         """Create the consumers where they are missing and begin to pull."""
         for source in self._sources:
-            await self._ensure(source)
+            await patiently(partial(self._ensure, source), source.consumer)
             self._pulls.append(self._pull(source))
         for pull in self._pulls:
             await pull.start()
@@ -155,7 +198,7 @@ class Loop:
 
     def _room(self, asking: int) -> int:
         """Messages there is room for beside what the other pulls have asked for."""
-        room = self._concurrency + self._prefetch - len(self._running) - len(self._ready)
+        room = self._concurrency + self._prefetch - len(self._running) - len(self._ready) - len(self._probation)
         others = [
             pull.outstanding
             for place, (pull, source) in enumerate(zip(self._pulls, self._sources, strict=True))
@@ -182,20 +225,27 @@ class Loop:
 
     def _take(self, delivery: Delivery, queue: deque[Delivery]) -> None:
         if held := self._held.get(delivery.message_id):
-            # Delivered again while we still work on it (a pause longer than the lease): answer the newest delivery.
-            held.reply = delivery.reply
+            held.came_again(delivery)  # a pause longer than the lease, or an order that was stored twice
             return
         self._held[delivery.message_id] = delivery
         self._held_bytes += delivery.size_bytes
-        queue.append(delivery)
+        if self._probation.suspects(delivery):
+            self._probation.add(delivery)
+        else:
+            queue.append(delivery)
         self._fill()
+
+    def _next(self) -> Delivery | None:
+        if delivery := self._probation.next():
+            return delivery
+        queue = self._urgent or self._ready
+        return queue.popleft() if queue else None
 
     def _fill(self) -> None:
         while len(self._running) < self._concurrency and not self._draining:
-            queue = self._urgent or self._ready
-            if not queue:
+            delivery = self._next()
+            if delivery is None:
                 return
-            delivery = queue.popleft()
             task = asyncio.create_task(self._work(delivery))
             self._running[task] = delivery
             task.add_done_callback(self._finished)
@@ -203,6 +253,7 @@ class Loop:
     def _finished(self, task: asyncio.Task[None]) -> None:
         delivery = self._running.pop(task)
         self._let_go(delivery)
+        self._probation.ended(delivery)
         self.done += 1
         if not task.cancelled() and (error := task.exception()):
             log.error("loop_fault", stage=self._handler.stage, message=delivery.message_id, error=repr(error))
@@ -213,10 +264,12 @@ class Loop:
             self._idle.set()
 
     def _let_go(self, delivery: Delivery) -> None:
+        self._doing.pop(delivery.message_id, None)
         if self._held.pop(delivery.message_id, None) is not None:
             self._held_bytes -= delivery.size_bytes
 
     async def _work(self, delivery: Delivery) -> None:
+        self._doing[delivery.message_id] = activity.begin(self._handler.stage)
         try:
             await self._step(delivery)
         except BusError as e:  # the broker will never take the outcome, or the handler could not reach it
@@ -224,38 +277,41 @@ class Loop:
             await delivery.nak(_retry_wait_s(delivery.deliveries))
 
     async def _step(self, delivery: Delivery) -> None:
-        deaths = await self._deaths(delivery)
-        if deaths > self._bus.config.max_deliver:  # not even its burial worked: do without its body
-            await self._bury(delivery, None, FailureKind.POISON, _hopeless(deaths))
+        tries, most = await self._tries(delivery), self._bus.config.max_deliver
+        if tries > most:  # not even its burial worked: do without its body
+            await self._bury(delivery, None, FailureKind.POISON, _hopeless(tries))
             return
         try:
             message = await self._insist(delivery, delivery.message)
         except (msgspec.DecodeError, ValueError) as e:
             await self._bury(delivery, None, FailureKind.POISON, f"the message cannot be decoded: {e}")
             return
-        if deaths == self._bus.config.max_deliver:
-            await self._bury(delivery, message, FailureKind.POISON, _hopeless(deaths))
+        if tries == most:
+            await self._bury(delivery, message, FailureKind.POISON, _hopeless(tries))
         elif self._handler.cancellations.cover(message):
             await self._bury(delivery, message, FailureKind.CANCELLED, "the job was cancelled")
         else:
-            await self._handle(delivery, message, deaths)
+            await self._handle(delivery, message, last_try=tries + 1 >= most)
 
-    async def _deaths(self, delivery: Delivery) -> int:
-        """Deliveries, this one included, that ended without an outcome or may yet; those handed back apart."""
-        if delivery.deliveries < self._bus.config.max_deliver - 1:  # too few to matter: not worth asking the broker
-            return delivery.deliveries
-        return max(1, delivery.deliveries - await self._insist(delivery, partial(self._bus.handed_back, delivery)))
+    async def _tries(self, delivery: Delivery) -> int:
+        """How often work on the message began before and came to no end, as far as the worker knows who did it."""
+        if not self._probation.suspects(delivery):
+            return delivery.deliveries - 1
+        tries = await self._insist(delivery, partial(self._bus.tries, delivery))
+        await self._insist(delivery, partial(self._bus.note_try, delivery))
+        return tries
 
-    async def _handle(self, delivery: Delivery, message: Message, deaths: int) -> None:
+    async def _handle(self, delivery: Delivery, message: Message, *, last_try: bool) -> None:
         try:
             outcome = await self._handler.handle(message, delivery.stored_at)
+            activity.note("publishing the outcome")
             await self._insist(delivery, partial(self._bus.publish, outcome, delivery.message_id))
         except PayloadTooLarge as e:
             await self._bury(delivery, message, _fault_of(message), f"the outcome is too large: {e}")
         except BusError:
             raise
         except GymBusError as e:
-            if e.kind is FailureKind.SANDBOX_LOST and deaths < self._bus.config.max_deliver - 1:
+            if e.kind is FailureKind.SANDBOX_LOST and not last_try:
                 await delivery.nak(_retry_wait_s(delivery.deliveries))
                 return
             await self._bury(delivery, message, e.kind or FailureKind.AGENT_ERROR, str(e))
@@ -277,6 +333,7 @@ class Loop:
                 if not e.retryable:
                     raise
                 log.warning("bus_waits", stage=self._handler.stage, message=delivery.message_id, error=str(e))
+                activity.note(f"waiting for the bus: {e}")
                 await asyncio.sleep(random.uniform(0.5, 1.5))
 
     async def _bury(self, delivery: Delivery, message: Message | None, kind: FailureKind, detail: str) -> None:
@@ -285,7 +342,8 @@ class Loop:
         if message is not None:
             outcome: Failed | None = failed(message, failure, worker=self._worker)
         else:
-            outcome = Failed(rollout=delivery.rollout, failure=failure) if delivery.rollout else None
+            number = number_in(delivery.message_id)
+            outcome = Failed(rollout=delivery.rollout, number=number, failure=failure) if delivery.rollout else None
         if outcome is None:
             log.error("unreadable_message", subject=delivery.subject, message=delivery.message_id)
         else:
@@ -322,7 +380,7 @@ class Loop:
         """
         self._draining = True
         await asyncio.gather(*(pull.stop() for pull in self._pulls))
-        waiting = [*self._urgent, *self._ready]
+        waiting = [*self._urgent, *self._ready, *self._probation.clear()]
         self._urgent.clear()
         self._ready.clear()
         await self._hand_back(waiting)
@@ -365,12 +423,16 @@ def failed(message: Message, failure: Failure, *, worker: str = "") -> Failed:
         "group_size": message.group_size,
     }
     if isinstance(message, Request):
-        return Failed(**common, agent_worker=worker)
+        version = message.policy_version
+        policy = Policy(model=message.model, version_start=version, version_end=version)
+        return Failed(**common, policy=policy, agent_worker=worker)
     return Failed(
         **common,
         response=message.response,
+        extra=message.extra,
         policy=message.policy,
         usage=message.usage,
+        calls=message.calls,
         timings=message.timings,
         agent_worker=message.agent_worker,
         verifier_worker=worker,
@@ -381,8 +443,8 @@ def _fault_of(message: Message) -> FailureKind:
     return FailureKind.AGENT_ERROR if isinstance(message, Request) else FailureKind.VERIFIER_ERROR
 
 
-def _hopeless(deaths: int) -> str:
-    return f"delivered {deaths} times without an outcome: it kills or hangs its workers"
+def _hopeless(tries: int) -> str:
+    return f"tried {tries} times without an outcome: it kills or hangs its workers"
 
 
 def _retry_wait_s(deliveries: int) -> float:

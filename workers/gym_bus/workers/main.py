@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import os
 import resource
 import signal
@@ -20,7 +21,7 @@ from gym_bus.bus import Bus
 from gym_bus.config import Config
 from gym_bus.errors import BusError, UsageError
 from gym_bus.logs import get_logger
-from gym_bus.workers.loop import Handler, Loop
+from gym_bus.workers.loop import Doing, Handler, Loop
 
 log = get_logger(__name__)
 
@@ -34,7 +35,7 @@ FILES_KEPT_FREE = 256
 
 
 class WorkerReport(msgspec.Struct, kw_only=True):
-    """What a worker says of itself every few seconds, in the `gym_workers` bucket."""
+    """What a worker says of itself every few seconds, in the `gym_workers` bucket. Small, however much it holds."""
 
     worker: str
     role: str
@@ -46,6 +47,10 @@ class WorkerReport(msgspec.Struct, kw_only=True):
     in_flight: int
     buffered: int
     done: int
+    serves: list[str] = []
+    """The consumers it pulls from: `agent-<lane>-<agent>`, `verifier-<verifier>`; of a results worker, jobs."""
+    oldest: list[Doing] = []
+    """What has been in its hands longest: a few messages, and the oldest of a few further jobs."""
 
 
 def worker_id(role: str) -> str:
@@ -66,13 +71,31 @@ def clamp_to_descriptors(concurrency: int) -> int:
     return min(concurrency, room)
 
 
-async def run_worker(role: Role, config: Config, *, ready: Callable[[], None] = lambda: None) -> None:
+async def run_worker(
+    role: Role,
+    config: Config,
+    *,
+    ready: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> None:
     """Serve `role` until SIGTERM or SIGINT, then drain.
+
+    Args:
+        role: what to serve.
+        config: all settings.
+        ready: called when it serves.
+        tell: hears before that what the sandbox protects, where there is one.
 
     Raises:
         BusError: no NATS server.
+        SandboxRefused: this machine does not give the isolation that the role's verifiers demand.
         UsageError: the configuration names what does not exist.
     """
+    if role == "verifier":
+        from gym_bus.verifiers.service import require_sandbox
+
+        if protects := await require_sandbox(config.verifier):
+            tell(protects)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for sig in (signal.SIGTERM, signal.SIGINT):
@@ -86,9 +109,11 @@ async def run_worker(role: Role, config: Config, *, ready: Callable[[], None] = 
             await _listen_for_cancellations(bus, serving, handler)
             await serving.start()
             reporter = asyncio.create_task(_report(bus, worker, role, serving), name="worker report")
+            awake = asyncio.create_task(_stay_awake(2 * config.bus.ack_wait_s), name="watchdog")
             ready()
             await stop.wait()
             reporter.cancel()
+            awake.cancel()
             await serving.drain(DRAIN_S)
             with contextlib.suppress(BusError):
                 await bus.remove(subjects.WORKERS, worker)
@@ -133,6 +158,20 @@ def _build(role: Role, config: Config, bus: Bus, worker: str) -> tuple[Loop, Han
     raise UsageError(f"unknown role {role!r}: known: agent, verifier")
 
 
+async def _stay_awake(limit_s: float) -> None:
+    """Have the process end itself where the event loop does not come round for so long; its log says where it hung.
+
+    Foreign code that blocks the loop stops the heartbeats: the leases are over, others do the work, and this process
+    would hang for ever.
+    """
+    try:
+        while True:
+            faulthandler.dump_traceback_later(limit_s, exit=True)
+            await asyncio.sleep(limit_s / 8)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 async def _listen_for_cancellations(bus: Bus, serving: Loop, handler: Handler) -> None:
     def on_cancel(subject: str, body: bytes) -> None:
         job = subject.rpartition(".")[2]
@@ -155,6 +194,8 @@ async def _report(bus: Bus, worker: str, role: str, serving: Loop) -> None:
             in_flight=serving.in_flight,
             buffered=serving.buffered,
             done=serving.done,
+            serves=serving.serves,
+            oldest=serving.oldest(),
         )
         with contextlib.suppress(BusError):
             await bus.put(subjects.WORKERS, worker, report)

@@ -25,7 +25,28 @@ from gym_bus.results.manifest import Manifest, differences, new_job_id
 from gym_bus.settings import ModelConfig
 from gym_bus.verifiers.registry import VERIFIERS
 from gym_bus.verifiers.service import VerifierService
-from gym_bus.workers.publish import Order, read_inputs
+from gym_bus.workers.publish import Order, order_of, read_inputs
+
+
+class Shard(msgspec.Struct, frozen=True):
+    """Of `count` shards, the tasks whose index leaves the remainder `index`."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """The shard `i/n`. Raises UsageError where there is none such."""
+        index, _, count = text.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise UsageError(f"--shard {text!r}: give i/n, such as 0/4 for the first of four, 3/4 for the last")
+        return cls(int(index), int(count))
+
+    def __contains__(self, task_index: int) -> bool:
+        return task_index % self.count == self.index
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +65,8 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """Rows of this file instead."""
     agent: str | None = None
     """None for the benchmark's own."""
+    shard: Shard | None = None
+    """None for all tasks."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,10 +181,10 @@ def write_down(plan: Plan, output: Path) -> Job:
         part = files.inputs.with_suffix(f".{os.getpid()}.part")
         lock = FileLock(files.lock)  # two runs that start at once must not write a manifest each
         try:
-            digest, counts = _write_inputs(_lines(plan), part)
+            digests, counts = _write_inputs(_lines(plan), part, plan.wanted.shard)
             if not counts:
-                raise DataError(f"{plan.data}: no rows in it")
-            manifest = _manifest(plan, digest, len(counts))
+                raise DataError(f"{plan.data}: no rows in {'this shard of it' if plan.wanted.shard else 'it'}")
+            manifest = _manifest(plan, digests, len(counts))
             resumed = files.manifest.exists()
             if resumed:
                 manifest = _same_job(manifest, files)
@@ -175,7 +198,20 @@ def write_down(plan: Plan, output: Path) -> Job:
         raise UsageError(
             f"{output}: cannot be written: {e.strerror or e}; choose another folder with --output"
         ) from None
-    return _job(plan, manifest, spans_of(sorted(counts.items())), files, resumed=resumed)
+    # A job that is resumed may have got further rollouts since it was written down.
+    spans = spans_of_file(files.inputs) if resumed else spans_of(sorted(counts.items()))
+    return _job(manifest, spans, files, plan.config.job.lane, resumed=resumed)
+
+
+def open_job(folder: Path, lane: str) -> Job:
+    """The job that is written down in `folder`, as it was ordered; `lane` is no part of what it is.
+
+    Raises:
+        DataError: there is none, or its files are broken; names the file.
+    """
+    files = JobFiles(folder)
+    manifest = Manifest.load(files.manifest)
+    return _job(manifest, spans_of_file(files.inputs), files, lane, resumed=True)
 
 
 def _lines(plan: Plan) -> Iterator[tuple[int, int, bytes]]:
@@ -193,26 +229,37 @@ def _lines(plan: Plan) -> Iterator[tuple[int, int, bytes]]:
         yield r.task_index, r.rollout_index, materialized_line(r.row, r.task_index, r.rollout_index)
 
 
-def _write_inputs(lines: Iterable[tuple[int, int, bytes]], path: Path) -> tuple[str, dict[int, int]]:
-    """Write the lines; returns their digest and the number of rollouts by task."""
-    sha = hashlib.sha256()
+class _Digests(msgspec.Struct, frozen=True):
+    written: str
+    of_all_shards: str
+
+
+def _write_inputs(
+    lines: Iterable[tuple[int, int, bytes]], path: Path, shard: Shard | None
+) -> tuple[_Digests, dict[int, int]]:
+    """Write the shard's lines; returns the digests and the number of rollouts by task."""
+    written, of_all = hashlib.sha256(), hashlib.sha256()
     counts: dict[int, int] = {}
     with path.open("wb") as out:
         for task, rollout, line in lines:
+            if shard is not None:
+                of_all.update(line + b"\n")
+                if task not in shard:
+                    continue
             out.write(line + b"\n")
-            sha.update(line + b"\n")
+            written.update(line + b"\n")
             counts[task] = max(counts.get(task, 0), rollout + 1)
         out.flush()
         os.fsync(out.fileno())
-    return sha.hexdigest(), counts
+    return _Digests(written.hexdigest(), of_all.hexdigest() if shard else ""), counts
 
 
-def _manifest(plan: Plan, dataset_digest: str, tasks: int) -> Manifest:
+def _manifest(plan: Plan, digests: _Digests, tasks: int) -> Manifest:
     return Manifest(
         job=new_job_id(plan.benchmark.spec.name),
         created_at=time.time(),
         benchmark=plan.benchmark.spec.name,
-        dataset_digest=dataset_digest,
+        dataset_digest=digests.written,
         rows=tasks,
         num_repeats=plan.repeats,
         agent=plan.agent,
@@ -223,22 +270,25 @@ def _manifest(plan: Plan, dataset_digest: str, tasks: int) -> Manifest:
         verifier=plan.verifier,
         verifier_options=plan.verifier_options,
         verifier_digest=plan.verifier_digest,
-        config_digest=_config_digest(plan),
+        config_digest=config_digest(plan.model, plan.config.job.limit_s),
+        limit_s=plan.config.job.limit_s,
         gym_bus_version=version("gym-bus"),
+        shard=str(plan.wanted.shard or ""),
+        shard_of=digests.of_all_shards,
     )
 
 
-def _config_digest(plan: Plan) -> str:
+def config_digest(model: ModelConfig, limit_s: float) -> str:
     """Over the settings that change results; the rows' own sampling parameters are in the dataset's digest."""
-    model = plan.model
     parts: dict[str, Any] = {
-        "limit_s": plan.config.job.limit_s,
+        "limit_s": limit_s,
         "model": [model.sampling, model.extra_body, model.return_tokens, model.api],
     }
     if model.kind == "replay" and model.file:
         parts["replay"] = hashlib.sha256(Path(model.file).read_bytes()).hexdigest()
-    if model.kind == "simulated":
-        parts["simulated"] = model.simulated
+    if model.kind == "simulated":  # its latency and its faults change when an answer comes, not what it is
+        s = model.simulated
+        parts["simulated"] = [s.seed, s.output_tokens, s.text, s.tokens]
     return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
 
@@ -252,7 +302,7 @@ def _same_job(manifest: Manifest, files: JobFiles) -> Manifest:
     return old
 
 
-def _job(plan: Plan, manifest: Manifest, spans: list[tuple[int, int, int]], files: JobFiles, *, resumed: bool) -> Job:
+def _job(manifest: Manifest, spans: list[tuple[int, int, int]], files: JobFiles, lane: str, *, resumed: bool) -> Job:
     record = JobRecord(
         job=manifest.job,
         benchmark=manifest.benchmark,
@@ -260,22 +310,12 @@ def _job(plan: Plan, manifest: Manifest, spans: list[tuple[int, int, int]], file
         model=manifest.model,
         verifier=manifest.verifier,
         spans=spans,
-        lane=plan.config.job.lane,
-        limit_s=plan.config.job.limit_s,
+        lane=lane,
+        limit_s=manifest.limit_s,
         created_at=manifest.created_at,
         manifest=msgspec.to_builtins(manifest),
     )
-    order = Order(
-        job=manifest.job,
-        agent=plan.agent,
-        model=plan.wanted.model,
-        verifier=plan.verifier,
-        agent_options=msgspec.json.encode(plan.agent_options, order="sorted"),
-        verifier_options=msgspec.json.encode(plan.verifier_options, order="sorted"),
-        limit_s=plan.config.job.limit_s,
-        lane=plan.config.job.lane,
-    )
-    return Job(manifest=manifest, record=record, order=order, files=files, resumed=resumed)
+    return Job(manifest=manifest, record=record, order=order_of(record, manifest), files=files, resumed=resumed)
 
 
 def spans_of_file(path: Path) -> list[tuple[int, int, int]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import msgspec
 
@@ -17,8 +17,11 @@ from gym_bus.errors import BusError, DataError
 from gym_bus.jobs import Issued, JobRecord
 from gym_bus.logs import get_logger
 from gym_bus.messages import Attempt, Request, RolloutId
+from gym_bus.results.manifest import Manifest
 
 log = get_logger(__name__)
+
+T = TypeVar("T")
 
 BATCH = 1024
 BATCH_BYTES = 16 * 2**20
@@ -39,6 +42,20 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     policy_version: int = 0
 
 
+def order_of(record: JobRecord, manifest: Manifest) -> Order:
+    """The order of a job that is written down."""
+    return Order(
+        job=record.job,
+        agent=manifest.agent,
+        model=manifest.model,
+        verifier=manifest.verifier,
+        agent_options=msgspec.json.encode(manifest.agent_options, order="sorted"),
+        verifier_options=msgspec.json.encode(manifest.verifier_options, order="sorted"),
+        limit_s=record.limit_s,
+        lane=record.lane,
+    )
+
+
 class InputRow(msgspec.Struct, frozen=True):
     """One line of the materialized inputs."""
 
@@ -49,22 +66,37 @@ class InputRow(msgspec.Struct, frozen=True):
 
 
 def read_inputs(path: Path) -> Iterator[InputRow]:
-    """The materialized inputs in order. Raises DataError for a line that is none."""
-    with path.open("rb") as file:
-        yield from _read(file, path)
+    """The materialized inputs in order. Raises DataError for a line that is none, or a file that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            yield from _read(file, path)
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e.strerror or e}") from None
 
 
 def _read(file: BinaryIO, path: Path) -> Iterator[InputRow]:
     for number, line in enumerate(file, 1):
-        found = _INDICES.search(line)
-        if not found:
-            raise DataError(f"{path}:{number}: not a materialized input: it does not end in its two index keys")
-        yield InputRow(int(found[1]), int(found[2]), line[: found.start()] + b"}")
+        yield input_row(line, path, number)
+
+
+def input_row(line: bytes, path: Path, number: int = 0) -> InputRow:
+    """A line of the materialized inputs in its parts. Raises DataError where it is none."""
+    found = _INDICES.search(line)
+    if not found:
+        where = f"{path}:{number}" if number else f"{path}"
+        raise DataError(f"{where}: not a materialized input: it does not end in its two index keys")
+    return InputRow(int(found[1]), int(found[2]), line[: found.start()] + b"}")
 
 
 def message_id(rollout: RolloutId, number: int, issue: int = 0) -> str:
     """The id under which the broker drops repeats: another attempt, or another issue of one, is no repeat."""
     return f"{rollout}#{number}.{issue}" if issue else f"{rollout}#{number}"
+
+
+def number_in(message_id: str) -> int:
+    """The attempt's number in an id that `message_id` made, or that a failure of the bus's own made of one."""
+    digits = re.match(r"[^#]*#(\d+)", message_id)
+    return int(digits[1]) if digits else 1
 
 
 async def publish_requests(
@@ -81,7 +113,8 @@ async def publish_requests(
 ) -> int:
     """Publish a request per input line from `start` on; returns how many the broker did not have yet.
 
-    A full queue is waited for, and so is a broker that is away: the caller's cancellation is the only end.
+    A full queue is waited for, and so is a broker that is away: the caller's cancellation is the only end. Before a
+    further attempt the failed result of the one before is cleared from the stream.
 
     Args:
         bus: where to.
@@ -103,19 +136,20 @@ async def publish_requests(
             for row in batch
             if (number := number_of(rollout := RolloutId(order.job, row.task_index, row.rollout_index)))
         ]
-        stored = await asyncio.gather(*(publish_patiently(bus, r, name, order.lane) for r, name in requests))
+        stored = await asyncio.gather(*(_publish(bus, r, name, order.lane) for r, name in requests))
         behind += len(batch)
         published += sum(stored)
         if watermark:  # behind the acks: a crash in between orders a batch twice, never loses one
             await _persist(bus, order.job, behind)
         if on_progress:
             on_progress(behind)
-        if await _cancelled(bus, order.job):
+        if await is_cancelled(bus, order.job):
             break
     return published
 
 
-async def _cancelled(bus: Bus, job: str) -> bool:
+async def is_cancelled(bus: Bus, job: str) -> bool:
+    """Whether the job was cancelled, as far as the bus can be asked."""
     try:
         record = await bus.get(subjects.JOBS, job, JobRecord)
     except BusError:
@@ -154,16 +188,50 @@ def _request(order: Order, row: InputRow, number: int, group_size: int) -> Reque
     )
 
 
+async def _publish(bus: Bus, request: Request, name: str, lane: str) -> bool:
+    if request.number > 1 and not await make_room(bus, request.rollout, request.number):
+        return False
+    return await publish_patiently(bus, request, name, lane)
+
+
+async def make_room(bus: Bus, rollout: RolloutId, number: int) -> bool:
+    """Clear a rollout's one place on the result stream for the result of attempt `number`; waits for a broker.
+
+    Only an older failure goes. False where a reward is there, or a result of this attempt or of a newer one, which
+    nobody has recorded yet: then there is nothing to order.
+    """
+    subject = subjects.result(rollout.job, rollout.task_index, rollout.rollout_index)
+    found = await patiently(lambda: bus.outcome(subjects.RESULTS, subject), str(rollout))
+    if found is None:
+        return True
+    sequence, outcome = found
+    if outcome.failure is None or number_in(outcome.message_id) >= number:
+        return False
+    await patiently(lambda: bus.delete(subjects.RESULTS, sequence), str(rollout))
+    return True
+
+
 async def publish_patiently(bus: Bus, message: Request | Attempt, name: str, lane: str = "batch") -> bool:
     """Publish, however long the queue is full or the broker away; False where the broker had it before."""
+    return await patiently(lambda: bus.publish(message, name, lane=lane), name)
+
+
+async def patiently(call: Callable[[], Awaitable[T]], name: str) -> T:
+    """What `call` returns, made again while the broker is away or full; `name` is for the log."""
     while True:
         try:
-            return await bus.publish(message, name, lane=lane)
+            return await call()
         except BusError as e:
             if not e.retryable:
                 raise
-            log.warning("publishing_waits", rollout=name, error=str(e))
+            log.warning("waiting_for_the_bus", what=name, error=str(e))
             await asyncio.sleep(1.0)
+
+
+async def issued_count(bus: Bus, job: str) -> int:
+    """How many of a job's requests, in the order of its inputs, the publisher knows to be taken. Raises BusError."""
+    issued: Issued | None = await bus.get(subjects.JOBS, f"{job}.issued", Issued)
+    return issued.count if issued else 0
 
 
 async def _persist(bus: Bus, job: str, count: int) -> None:

@@ -20,12 +20,13 @@ from gym_bus.config import Config
 from gym_bus.errors import BusError, GymBusError, UsageError
 from gym_bus.jobs import Issued, JobRecord, find_job, list_jobs
 from gym_bus.logs import get_logger
-from gym_bus.messages import RolloutId
 from gym_bus.results.files import JobFiles
 from gym_bus.results.manifest import Manifest
 from gym_bus.results.profile import profile_job
+from gym_bus.workers.again import Again
 from gym_bus.workers.main import REPORT_S, WorkerReport, worker_id
-from gym_bus.workers.publish import Order, publish_requests
+from gym_bus.workers.publish import order_of
+from gym_bus.workers.replay import OrderedReplays, ReplayOrder, replay_key
 from gym_bus.workers.results import ResultsConsumer, open_writer
 from gym_bus.workers.run import load_inputs
 
@@ -129,6 +130,11 @@ class Recorder:
         """Jobs being recorded."""
         return len(self._tasks)
 
+    @property
+    def jobs(self) -> list[str]:
+        """The jobs being recorded."""
+        return list(self._tasks)
+
     async def look(self) -> list[str]:
         """Take on every free job; returns the jobs being recorded now."""
         for job, task in list(self._tasks.items()):
@@ -136,6 +142,8 @@ class Recorder:
                 del self._tasks[job]
                 self._ended(job, task)
         for record in await list_jobs(self._bus):
+            if record.state == "running":  # also a job that we had recorded: it is being replayed
+                self.finished.discard(record.job)
             free = record.shared and record.state != "done" and record.job not in self._tasks
             if free and record.job not in self.finished and time.monotonic() >= self._not_before.get(record.job, 0.0):
                 lease = self._leases.setdefault(record.job, Lease(self._bus, record.job, self._worker))
@@ -175,50 +183,70 @@ class Recorder:
     async def _record_files(self, record: JobRecord) -> None:
         files = JobFiles(self._output / record.job)
         if not files.inputs.exists():
-            await load_inputs(self._bus, record.job, files.inputs)
+            await self._fetch_inputs(record.job, files)
         manifest = msgspec.convert(record.manifest, Manifest)
         if not files.manifest.exists():
             manifest.save(files.manifest)
-        order = Order(
-            job=record.job,
-            agent=manifest.agent,
-            model=manifest.model,
-            verifier=manifest.verifier,
-            agent_options=msgspec.json.encode(manifest.agent_options, order="sorted"),
-            verifier_options=msgspec.json.encode(manifest.verifier_options, order="sorted"),
-            lane=record.lane,
-            limit_s=record.limit_s,
-        )
-
-        async def reissue(again: dict[RolloutId, tuple[int, int]]) -> None:
-            await publish_requests(
-                self._bus,
-                order,
-                files.inputs,
-                lambda r: again[r][0] if r in again else 0,
-                record.group_size,
-                issue_of=lambda r: again[r][1],
-                watermark=False,
-            )
-
         writer = await asyncio.to_thread(open_writer, record, files, self._config.results)
         with writer:
-            published = Published(self._bus, record)
+            first = Published(self._bus, record)
+            again = Again(self._bus, record, order_of(record, manifest), files, writer)
+            replays = OrderedReplays(self._bus, record.job, again)
+
+            async def all_out() -> bool:
+                return await replays.published() and await first.all_out()
+
             consumer = ResultsConsumer(
-                self._bus, record, files, writer, self._config.results, reissue, published=published.all_out
+                self._bus, record, files, writer, self._config.results, again.order, published=all_out
             )
-            await consumer.run()
+            await _consume(consumer, replays)
         await asyncio.to_thread(profile_job, files)
         known = await find_job(self._bus, record.job)
         if known.state == "running":
             await self._bus.put(subjects.JOBS, record.job, msgspec.structs.replace(known, state="done"))
         await self._bus.delete_blobs(record.job)
 
+    async def _fetch_inputs(self, job: str, files: JobFiles) -> None:
+        try:
+            await load_inputs(self._bus, job, files.inputs)
+        except BusError:
+            order: ReplayOrder | None = await self._bus.get(subjects.JOBS, replay_key(job), ReplayOrder)
+            if order is None or order.ended:
+                raise
+            raise UsageError(
+                f"{files.folder}: job {job} is to be replayed, and its files are not here; "
+                "the results worker that has them will take it"
+            ) from None
+
     async def stop(self) -> None:
         """Stop recording; the files are whole, and another worker goes on from them."""
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+
+async def _consume(consumer: ResultsConsumer, replays: OrderedReplays) -> None:
+    """Record until every rollout has its result, those included that are replayed meanwhile."""
+    await replays.look(consumer)
+    serving = asyncio.create_task(replays.serve(consumer), name="replays")
+    consuming = asyncio.create_task(_until_none_is_left(consumer, replays), name="consumer")
+    try:
+        done, _ = await asyncio.wait({serving, consuming}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in (serving, consuming):
+            task.cancel()
+        await asyncio.gather(serving, consuming, return_exceptions=True)
+        await replays.close()
+
+
+async def _until_none_is_left(consumer: ResultsConsumer, replays: OrderedReplays) -> None:
+    while True:
+        await consumer.run()
+        await replays.look(consumer)
+        if not consumer.left:
+            return
 
 
 async def run_recorder(config: Config, output: Path, *, once: str | None = None, ready: Callable[[], None]) -> None:
@@ -275,4 +303,5 @@ def _report(worker: str, recorder: Recorder, started_at: float) -> WorkerReport:
         in_flight=recorder.in_flight,
         buffered=0,
         done=recorder.done,
+        serves=recorder.jobs,
     )

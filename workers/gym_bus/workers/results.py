@@ -19,15 +19,18 @@ from gym_bus.bus import Bus, Delivery, Follower, as_result
 from gym_bus.errors import RETRYABLE, BodyLost, BusError, FailureKind
 from gym_bus.jobs import JobProgress, JobRecord
 from gym_bus.logs import get_logger
-from gym_bus.messages import Failed, Failure, Result, RolloutId, Scored
+from gym_bus.messages import Failed, Failure, Policy, Result, RolloutId, Scored
 from gym_bus.results.files import JobFiles
 from gym_bus.results.ledger import Ledger, State
 from gym_bus.results.writer import ResultsWriter
 from gym_bus.settings import ResultsConfig
+from gym_bus.workers.publish import make_room, number_in
 
 log = get_logger(__name__)
 
 PROGRESS_S = 1.0
+BEAT_S = 5.0
+"""How often the progress is told where nothing has changed: a sign of life."""
 BATCH_WAIT_S = 0.25
 
 Reissue = Callable[[dict[RolloutId, tuple[int, int]]], Awaitable[None]]
@@ -80,6 +83,7 @@ class ResultsConsumer:
         *,
         published: Callable[[], Awaitable[bool]] | None = None,
         on_results: Callable[[list[Result], Ledger], None] | None = None,
+        retries_only: bool = False,
     ) -> None:
         """Go on from what the files hold.
 
@@ -92,7 +96,9 @@ class ResultsConsumer:
             reissue: called with what the bus has lost.
             published: tells whether every request is out; before that, nothing is missing. None where all are.
             on_results: called with every batch of newly recorded results.
+            retries_only: do not wait for rollouts that have no result at all.
         """
+        self.retries_only = retries_only
         self._bus, self._record, self._files, self._config = bus, record, files, config
         self._reissue, self._published, self._on_results = reissue, published, on_results
         self._writer, self.ledger = writer, writer.ledger
@@ -101,6 +107,8 @@ class ResultsConsumer:
         self._progress_at = time.monotonic()
         self._told_at = 0.0
         self._told = JobProgress()
+        self._put_at = 0.0
+        self._read_to = 0
         self._cancelled = False
         self._rescanned: bool | None = False
         """Whether the stream was read from its start since something last moved; None where it is to be."""
@@ -121,21 +129,31 @@ class ResultsConsumer:
         """The attempt to order for a rollout that failed before, 0 where it is not tried again."""
         return self._retrying.get(rollout, 0)
 
-    async def retry_failed(self) -> int:
-        """Have every failed rollout that is worth it tried again; returns how many."""
-        for rollout, number in worth_retrying(self.ledger, self._config.max_attempts):
-            await self._make_room(rollout)
-            self._retrying[rollout] = number
+    def retry_failed(self) -> int:
+        """Wait for another attempt at every failed rollout that is worth it; returns how many are waited for."""
+        return self.retry(worth_retrying(self.ledger, self._config.max_attempts))
+
+    def retry(self, attempts: Iterable[tuple[RolloutId, int]]) -> int:
+        """Wait for further attempts, given by their numbers, at failed rollouts; returns how many are waited for.
+
+        Whoever orders them clears the place of the failed result on the stream.
+        """
+        self._retrying.update(attempts)
         return len(self._retrying)
 
-    async def _make_room(self, rollout: RolloutId) -> None:
-        """A failed result holds the rollout's one place on the stream: clear it for the next attempt's."""
-        await self._bus.purge(subjects.RESULTS, subjects.result(rollout.job, rollout.task_index, rollout.rollout_index))
+    def waits_for(self, rollouts: Iterable[RolloutId]) -> bool:
+        """Whether a further attempt at any of these is waited for."""
+        return any(rollout in self._retrying for rollout in rollouts)
+
+    @property
+    def retrying(self) -> dict[RolloutId, int]:
+        """The attempts that are waited for, by rollout."""
+        return dict(self._retrying)
 
     @property
     def left(self) -> int:
         """Rollouts that still need a result."""
-        return self.ledger.missing_count + len(self._retrying)
+        return (0 if self.retries_only else self.ledger.missing_count) + len(self._retrying)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -145,7 +163,9 @@ class ResultsConsumer:
         Raises:
             UsageError: the files cannot be written; nothing on the bus is lost.
         """
-        follower = Follower(self._bus, subjects.RESULTS, subjects.results_of(self._record.job), await self._start())
+        start = await self._start()
+        self._read_to = start - 1
+        follower = Follower(self._bus, subjects.RESULTS, subjects.results_of(self._record.job), start)
         self._progress_at = time.monotonic()
         try:
             while self.left:
@@ -191,8 +211,21 @@ class ResultsConsumer:
     async def _append(self, deliveries: list[Delivery]) -> None:
         results = [(delivery.sequence, await self._result(delivery)) for delivery in deliveries]
         fresh = await self._write(results)
-        if not fresh:
-            return
+        self._read_to = deliveries[-1].sequence
+        if fresh:
+            self._took(fresh)
+        # They may not keep the places of the newer attempts' results on the stream.
+        late = [sequence for sequence, result in results if self._is_late(result, sequence)]
+        await asyncio.gather(*(self._bus.delete(subjects.RESULTS, sequence) for sequence in late))
+
+    def _is_late(self, result: Result, sequence: int) -> bool:
+        """Whether this is of an older attempt than the one that is waited for, and not the failure that it follows."""
+        if result.number >= self._retrying.get(result.rollout, 0):
+            return False
+        failed = self.ledger.failure(result.rollout)
+        return failed is None or failed.sequence != sequence
+
+    def _took(self, fresh: list[Result]) -> None:
         self._progress_at, self._rescanned = time.monotonic(), False
         for result in fresh:
             wanted = self._retrying.get(result.rollout)
@@ -222,7 +255,7 @@ class ResultsConsumer:
             detail = f"the result cannot be read: {e}"
             return Failed(
                 rollout=rollout,
-                number=max(1, self.number_of(rollout)) if self.ledger.holds(rollout) else 1,
+                number=number_in(delivery.message_id),
                 failure=Failure(kind=FailureKind.POISON, detail=detail, stage="results"),
             )
 
@@ -240,9 +273,11 @@ class ResultsConsumer:
             input_tokens=tally.input_tokens,
             output_tokens=tally.output_tokens,
             output=str(self._files.folder.resolve()),
+            sequence=self._read_to,
+            retrying=len(self._retrying),
         )
-        if force or progress != self._told:
-            self._told = progress
+        if force or progress != self._told or time.monotonic() - self._put_at > BEAT_S:
+            self._told, self._put_at = progress, time.monotonic()
             await self._bus.put(
                 subjects.JOBS, f"{self._record.job}.progress", msgspec.structs.replace(progress, updated_at=time.time())
             )
@@ -270,8 +305,6 @@ class ResultsConsumer:
         if self._cancelled:
             await self._fail(self._open(), FailureKind.CANCELLED, "the job was cancelled")
             return
-        for rollout in self._retrying:  # a straggler of an older attempt may have taken its place
-            await self._make_room(rollout)
         lost = {rollout: self._issues.get(rollout, 0) + 1 for rollout in self._open()}
         hopeless = [rollout for rollout, issue in lost.items() if issue > self._config.issue_limit]
         await self._fail(hopeless, FailureKind.LOST, f"lost by the bus {self._config.issue_limit} times")
@@ -282,15 +315,22 @@ class ResultsConsumer:
             await self._reissue(again)
 
     def _open(self) -> list[RolloutId]:
-        return [*self.ledger.missing(), *self._retrying]
+        return [*(() if self.retries_only else self.ledger.missing()), *self._retrying]
 
     async def _fail_undeliverable(self, stream: str, sequence: int) -> None:
         found = await self._bus.message_at(stream, sequence)
         if found is None:
             return
         with contextlib.suppress(ValueError):
-            await self._fail([RolloutId.parse(found[0])], FailureKind.POISON, "its deliveries are used up")
+            rollout = RolloutId.parse(found[0])
+            if stream != subjects.REQUESTS or not await self._is_attempted(rollout):
+                await self._fail([rollout], FailureKind.POISON, "its deliveries are used up")
         await self._bus.delete(stream, sequence)
+
+    async def _is_attempted(self, rollout: RolloutId) -> bool:
+        """Whether the rollout has moved on to the attempts: a broker in trouble may keep what was acked."""
+        ids = await self._bus.ids(subjects.ATTEMPTS, subjects.attempts_of(rollout.job))
+        return any(name.startswith(f"{rollout}#") for name in ids)
 
     async def _fail_if_cancelled(self) -> None:
         record = await self._bus.get(subjects.JOBS, self._record.job, JobRecord)
@@ -308,10 +348,14 @@ class ResultsConsumer:
                 agent=self._record.agent,
                 verifier=self._record.verifier,
                 group_size=self._record.group_size(rollout.task_index),
+                policy=Policy(model=self._record.model),
             )
             for rollout in rollouts
         ]
         for start in range(0, len(failures), 1024):
-            await asyncio.gather(
-                *(self._bus.publish(f, f"{f.rollout}#{f.number}!{kind}") for f in failures[start : start + 1024])
-            )
+            await asyncio.gather(*(self._publish(f) for f in failures[start : start + 1024]))
+
+    async def _publish(self, failure: Failed) -> None:
+        if failure.rollout in self._retrying:  # the failure before may still have the rollout's place on the stream
+            await make_room(self._bus, failure.rollout, failure.number)
+        await self._bus.publish(failure, f"{failure.rollout}#{failure.number}!{failure.failure.kind}")

@@ -100,7 +100,7 @@ async def reverify_file(
     verdicts = _Verdicts(record.job, count)
     work = output.with_name(f".{output.name}.{os.getpid()}.work")
     try:
-        async with LocalStack(config, work, verifiers_only=True) as stack:
+        async with LocalStack(config, work, verifier=verifier, verifiers_only=True) as stack:
             await _run(stack, record, verdicts, (rollouts, inputs), _encode(options), on_start)
             stack.complete()
         changed = await asyncio.to_thread(_write, rollouts, output, verdicts, verifier)

@@ -15,15 +15,16 @@ from gym_bus import subjects
 from gym_bus.bus import Bus
 from gym_bus.config import Config
 from gym_bus.errors import BusError, FailureKind, UsageError
-from gym_bus.jobs import Issued, JobProgress, JobRecord
+from gym_bus.jobs import JobProgress, JobRecord
 from gym_bus.logs import get_logger
-from gym_bus.messages import Failed, Failure, Result, RolloutId
+from gym_bus.messages import Failed, Failure, Policy, Result
 from gym_bus.results.ledger import Ledger
 from gym_bus.results.writer import ResultsWriter
+from gym_bus.workers.again import Again, Chosen
 from gym_bus.workers.local import STORE, LocalStack
 from gym_bus.workers.main import CONTROL_CANCEL
 from gym_bus.workers.plan import Job
-from gym_bus.workers.publish import publish_requests
+from gym_bus.workers.publish import issued_count, patiently, publish_requests
 from gym_bus.workers.results import ResultsConsumer, open_writer, worth_retrying
 
 log = get_logger(__name__)
@@ -62,6 +63,19 @@ class Progress:
         return time.monotonic() - self._started
 
 
+class ReplayProgress(Progress):
+    """Of a replay: its own rollouts, not the whole job's."""
+
+    def __init__(self, record: JobRecord, ledger: Ledger, total: int) -> None:
+        super().__init__(record, ledger)
+        self.total = self.published = total
+
+    @property
+    def recorded(self) -> int:
+        """Replayed rollouts with a new result."""
+        return self.finished
+
+
 class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     """How a run ended."""
 
@@ -96,7 +110,7 @@ async def run_job(
             on_start(Progress(job.record, writer.ledger))
             await _close_books(job, config)
             return RunResult(ledger=writer.ledger, wall_s=0.0, finished=0)
-        async with LocalStack(config, job.files.folder, workers=workers) as stack:
+        async with LocalStack(config, job.files.folder, verifier=job.record.verifier, workers=workers) as stack:
             result = await _run(job, stack, writer, on_start)
             stack.complete()
             return result
@@ -112,25 +126,36 @@ async def _close_books(job: Job, config: Config) -> None:
             await retire(bus, job.record)
 
 
-async def _run(job: Job, stack: LocalStack, writer: ResultsWriter, on_start: Callable[[Progress], None]) -> RunResult:
-    bus, config = stack.bus, stack.config
-    await enrol(bus, job.record)
-    progress = Progress(job.record, writer.ledger)
+async def run_on(job: Job, stack: LocalStack, writer: ResultsWriter, on_start: Callable[[Progress], None]) -> RunResult:
+    """As `run_job`, on a stack that is up."""
+    return await _run(job, stack, writer, on_start)
+
+
+async def run_replay(
+    job: Job, stack: LocalStack, writer: ResultsWriter, on_start: Callable[[Progress], None], chosen: Chosen
+) -> RunResult:
+    """Try failed rollouts again on a stack that is up, until each has a new result; see `run_job`."""
+    return await _run(job, stack, writer, on_start, chosen)
+
+
+async def _run(
+    job: Job,
+    stack: LocalStack,
+    writer: ResultsWriter,
+    on_start: Callable[[Progress], None],
+    chosen: Chosen | None = None,
+) -> RunResult:
+    bus, config, name = stack.bus, stack.config, job.record.job
+    await patiently(lambda: enrol(bus, job.record), name)
+    if chosen is None:
+        progress = Progress(job.record, writer.ledger)
+    else:
+        progress = ReplayProgress(job.record, writer.ledger, len(chosen.attempts))
 
     def recorded(fresh: list[Result], _: Ledger) -> None:
         progress.finished += len(fresh)
 
-    async def reissue(again: dict[RolloutId, tuple[int, int]]) -> None:
-        await publish_requests(
-            bus,
-            job.order,
-            job.files.inputs,
-            lambda r: again[r][0] if r in again else 0,
-            job.record.group_size,
-            issue_of=lambda r: again[r][1],
-            watermark=False,
-        )
-
+    again = Again(bus, job.record, job.order, job.files, writer)
     publishing: asyncio.Task[None] | None = None
 
     async def published() -> bool:
@@ -142,29 +167,34 @@ async def _run(job: Job, stack: LocalStack, writer: ResultsWriter, on_start: Cal
         job.files,
         writer,
         config.results,
-        reissue,
+        again.order,
         published=published,
         on_results=recorded,
+        retries_only=chosen is not None,
     )
-    # Before anything is awaited for: with nothing else missing, the consumer would see no work and end.
-    retries = await consumer.retry_failed()
+    # Before the consumer runs: with nothing else missing, it would see no work and end.
+    if chosen is None:
+        consumer.retry_failed()
+    else:
+        again.afresh |= chosen.afresh
+        consumer.retry(chosen.attempts.items())
     on_start(progress)
-    publishing = asyncio.create_task(_publish(bus, job, consumer, progress, retries > 0), name="publisher")
+    publishing = asyncio.create_task(_publish(bus, job, consumer, progress, again), name="publisher")
     try:
         await stack.until(consumer.run(), publishing)
     finally:
         publishing.cancel()
         await asyncio.gather(publishing, return_exceptions=True)
-    await retire(bus, job.record)
+    await patiently(lambda: retire(bus, job.record), name)
     return RunResult(ledger=writer.ledger, wall_s=progress.wall_s, finished=progress.finished)
 
 
-async def _publish(bus: Bus, job: Job, consumer: ResultsConsumer, progress: Progress, retry: bool) -> None:
-    if retry:
-        await publish_requests(
-            bus, job.order, job.files.inputs, consumer.retry_number, job.record.group_size, watermark=False
-        )
-    issued: Issued | None = await bus.get(subjects.JOBS, f"{job.record.job}.issued", Issued)
+async def _publish(bus: Bus, job: Job, consumer: ResultsConsumer, progress: Progress, again: Again) -> None:
+    if retrying := consumer.retrying:
+        await again.order({rollout: (number, 0) for rollout, number in retrying.items()})
+    if consumer.retries_only:
+        return
+    start = await patiently(lambda: issued_count(bus, job.record.job), job.record.job)
 
     def moved(behind: int) -> None:
         progress.published = behind
@@ -175,7 +205,7 @@ async def _publish(bus: Bus, job: Job, consumer: ResultsConsumer, progress: Prog
         job.files.inputs,
         consumer.first_number,
         job.record.group_size,
-        start=issued.count if issued else 0,
+        start=start,
         on_progress=moved,
     )
 
@@ -208,9 +238,11 @@ async def submit_job(bus: Bus, job: Job) -> int:
             f"job {record.job} is {known.state} already; choose another --output to run it anew, or run "
             "`gym-bus eval run` with this one to try again what failed"
         )
-    await bus.store_file(f"{record.job}/inputs", job.files.inputs)
-    await enrol(bus, record)
-    return await publish_requests(bus, job.order, job.files.inputs, lambda _: 1, job.record.group_size)
+    await patiently(lambda: bus.store_file(f"{record.job}/inputs", job.files.inputs), record.job)
+    await patiently(lambda: enrol(bus, record), record.job)
+    # Sent before, and perhaps worked on: the broker forgets the ids of what has left its queue when it is restarted.
+    start = await patiently(lambda: issued_count(bus, record.job), record.job)
+    return await publish_requests(bus, job.order, job.files.inputs, lambda _: 1, job.record.group_size, start=start)
 
 
 async def cancel_job(bus: Bus, record: JobRecord) -> int:
@@ -232,7 +264,14 @@ async def cancel_job(bus: Bus, record: JobRecord) -> int:
             continue
         size = record.group_size(rollout.task_index)
         batch.append(
-            Failed(rollout=rollout, failure=failure, agent=record.agent, verifier=record.verifier, group_size=size)
+            Failed(
+                rollout=rollout,
+                failure=failure,
+                agent=record.agent,
+                verifier=record.verifier,
+                group_size=size,
+                policy=Policy(model=record.model),
+            )
         )
         if len(batch) == 1024:
             cancelled += await _publish_all(bus, batch)
@@ -275,14 +314,14 @@ class Status(msgspec.Struct, kw_only=True):
 async def job_status(bus: Bus, record: JobRecord) -> Status:
     """Read a job's status."""
     job = record.job
-    issued: Issued | None = await bus.get(subjects.JOBS, f"{job}.issued", Issued)
+    issued = await issued_count(bus, job)
     results = await bus.count(subjects.RESULTS, subjects.results_of(job))
     requests = await bus.waiting(subjects.REQUESTS, subjects.requests_of(job))
     attempts = await bus.waiting(subjects.ATTEMPTS, subjects.attempts_of(job))
     progress: JobProgress = await bus.get(subjects.JOBS, f"{job}.progress", JobProgress) or JobProgress()
     if record.over:  # results leave the stream with age; what was recorded stays
         results = max(results, progress.recorded)
-    accepted = min(record.total, max(issued.count if issued else 0, results))
+    accepted = min(record.total, max(issued, results))
     return Status(
         job=job,
         state=record.state,

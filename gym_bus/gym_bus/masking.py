@@ -1,0 +1,49 @@
+"""Secrets out of what is shown: by the name of the key, and by where a value was drawn from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+MASK = "********"
+LEAST_LENGTH = 6
+"""Characters; a shorter secret is masked where it stands alone, not within a text, where it may stand by chance."""
+
+_SECRET_KEY = re.compile(r"(^|[_-])(api[_-]?key|key|token|password|passwd|secret|authorization)$", re.IGNORECASE)
+_PUBLIC_VARIABLE = re.compile(r"(_|^)(url|uri|endpoint|name|model|organization|prefix|collection|dir|host|port)$")
+_PASSWORD_IN_ADDRESS = re.compile(r"(://[^/@\s:]*:)[^/@\s]+@")
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether what stands under a key of this name is secret."""
+    return bool(_SECRET_KEY.search(key))
+
+
+class Masking:
+    """Masks secret values, alone or within a longer text."""
+
+    def __init__(self, variables: Mapping[str, Any]) -> None:
+        """Of the variables of `env.yaml`, all are secret but those that are named as an address or a name."""
+        self._secrets = sorted(set(_texts(variables)), key=len, reverse=True)  # a longer one may contain a shorter one
+
+    def shown(self, keys: Iterable[str | int], value: Any) -> Any:
+        """A value that stands under these keys, outermost first, as it may be shown."""
+        if isinstance(value, list):
+            return [self.shown(keys, item) for item in value]
+        if not isinstance(value, str) or not value:
+            return value
+        names = list(map(str, keys))
+        if any(map(is_secret_key, names)) or "headers" in names or value in self._secrets:
+            return MASK
+        for secret in self._secrets:
+            value = value.replace(secret, MASK) if len(secret) >= LEAST_LENGTH else value
+        return _PASSWORD_IN_ADDRESS.sub(rf"\g<1>{MASK}@", value)
+
+
+def _texts(variables: Mapping[str, Any]) -> Iterable[str]:
+    for key, value in variables.items():
+        if isinstance(value, Mapping):
+            yield from _texts(value)
+        elif isinstance(value, str | int) and not isinstance(value, bool) and not _PUBLIC_VARIABLE.search(str(key)):
+            yield str(value)

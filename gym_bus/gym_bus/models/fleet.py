@@ -1,0 +1,401 @@
+"""How the processes of a fleet share one endpoint: one small record, and the rules by which each of them changes it.
+
+The record holds a limit and who holds how much of it. A process takes only what is free, and gives back only what it no
+longer uses, so that the parts never add up to more than the limit: whoever joins waits until others make room. Every
+change is one compare-and-swap of the whole record. No clock is compared with another machine's: a member that is gone
+shows by its beat, which stands still, and how long ago something changed everybody measures for itself.
+
+The limit is on calls in flight ("places"), as most endpoints have it, or on calls begun per second ("pace"). Which one is
+found by trying: where places are given up and refusals come all the same, though nothing was raised, the endpoint counts
+calls per second; and where slowing down does not help either, it refuses at random, and nobody is served by waiting.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from gym_bus.models.throttle import RAMP_FLOOR, Tally, Throttle
+
+BUDGET_PER_CALL = 0.01
+"""One in a hundred calls may be refused: to find out whether the endpoint takes more, or because it is like that."""
+BUDGET_PER_S = 1 / 120
+MOST_BUDGET = 3.0
+QUIET_S = 3.0
+"""After the limit was lowered, before it is raised."""
+RAISE_S = 0.5
+"""Between two raises: the first must have been used, and found good."""
+EXPLAINED_S = 1.0
+"""Refusals so long after a raise are its doing."""
+MOST_RAISE = 0.2
+"""Of the limit, in one raise. Raises double while they are found good."""
+PACE_RAISE = 0.01
+PACE_PROOF = 3.0
+"""Calls by which a raised pace must have gone beyond the one before, to be found good."""
+PACE_KEPT = 0.97
+LEAST_PACE = 1.0
+PACE_HALF = 0.5
+LEAST_PART = 4.0
+"""Calls per second of one member: many that call now and then do not make an even stream."""
+FIRST_PACE_STREAK = 3
+LOOK_REFUSED, LOOK_CALLS = 8, 1000
+"""The share of refusals is taken over so many of them, or so many calls."""
+TROUBLE = 0.02
+FELL = 0.7
+"""What part is left of the calls that are taken where it counts as less."""
+ALIKE = 0.5
+"""What part of the refusals is left; where it is more although fewer calls are taken, they come at random."""
+NOISE_MARGIN = 1.5
+MOST_NOISE = 0.35
+RATE_S = 4.0
+"""The time over which rates are taken."""
+START_S = 0.15
+"""Between two processes that begin with an endpoint of which nothing is known."""
+LEASE_S = 4.0
+"""A member whose beat stands still for so long is gone."""
+TURN_S = 5.0
+"""Where there is too little for all members, how long some of them have it."""
+
+
+class Member(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One process, as it told the others last."""
+
+    beat: int = 0
+    """Counts what it wrote: one that stands still belongs to a process that is gone."""
+    places: int = 0
+    """Its part of the places; where there is no limit, its calls in flight."""
+    pace: float = 0.0
+    """Its part of the pace."""
+    wants: int = 0
+    """Calls that it has, waiting ones included."""
+    rate: float = 0.0
+    """Calls of it that the endpoint took, per second, lately."""
+
+
+class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What the processes know together of one endpoint."""
+
+    limit: int | None = None
+    """Places: calls in flight. None before the first refusal."""
+    pace: float = 0.0
+    """Calls begun per second; 0 for any number."""
+    members: dict[str, Member] = {}
+    begun: int = 0
+    """Counts processes that began while there was no limit."""
+    budget: float = 0.0
+    """Refusals that may still be."""
+    raised: int = 0
+    """Counts raises."""
+    streak: int = 0
+    """Raises in a row that were found good."""
+    raise_left: int = 0
+    """Places of the last raise that were not refused."""
+    good_pace: float = 0.0
+    """The pace before its last raise; 0 where there was none."""
+    since_raise: int = 0
+    """Calls taken since."""
+    refused: int = 0
+    """Counts refusals."""
+    lowered: int = 0
+    """Counts places that were given up."""
+    look_taken: int = 0
+    look_refused: int = 0
+    """Calls since the last look."""
+    trouble: tuple[int, float, float] | None = None
+    """Limit, calls taken per second and share of refusals when there were too many first."""
+    noise: float = 0.0
+    """Share of calls that is refused whatever the load."""
+    turn: int = 0
+
+
+_WATCHED = ("begun", "raised", "refused", "lowered", "turn")
+
+
+class _Watch:
+    """Since when a value has been what it is, by our own clock."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Any, tuple[Any, float]] = {}
+
+    def age_s(self, name: Any, value: Any, now: float) -> float:
+        known = self._seen.get(name)
+        if known is None or known[0] != value:
+            self._seen[name] = known = (value, now)
+        return now - known[1]
+
+    def forget(self, names: Iterable[Any]) -> None:
+        for name in names:
+            self._seen.pop(name, None)
+
+
+class Partner:
+    """One process's part in the fleet: settles its throttle's account with the shared record.
+
+    The order of things: `settle` a record that was read, store what it returns, tell `stored`. Where the store failed,
+    because another process was faster or the bus away, settle the next record; nothing is counted twice.
+    """
+
+    def __init__(self, name: str, throttle: Throttle) -> None:
+        self._name, self._throttle = name, throttle
+        self._watch = _Watch()
+        self._due = Tally()
+        self._taken: deque[tuple[float, int]] = deque()
+        self._stored_at: float | None = None
+        self._first = 0
+        self._places: int | None = None
+        self._joined = False
+        self.begun = False
+
+    def settle(self, known: Fleet, waiting: int, now: float) -> Fleet:
+        """The record as this process would have it.
+
+        Args:
+            known: the record as it is stored.
+            waiting: calls of this process that wait to begin.
+            now: seconds, on this process's clock.
+        """
+        self._collect(now)
+        for field in _WATCHED:
+            self._watch.age_s(field, getattr(known, field), now)
+        fleet = msgspec.structs.replace(known, members=self._living(known, now))
+        me = fleet.members.pop(self._name, None) or Member()
+        self._joined = self._joined and me.beat > 0
+        me = msgspec.structs.replace(
+            me, beat=me.beat + 1, wants=self._throttle.in_flight + waiting, rate=round(self._rate(now), 3)
+        )
+        self._first = 0
+        if fleet.limit is None:
+            self._without_limit(fleet, me, now)
+        else:
+            self._with_limit(fleet, me)
+        fleet.members[self._name] = me
+        self._account(fleet, me, now)
+        self._look(fleet)
+        raised = self._raise(fleet, now) if waiting and fleet.limit is not None else 0
+        self._share(fleet, me, raised, now)
+        return fleet
+
+    def stored(self, fleet: Fleet, now: float) -> None:
+        """The record is what `settle` returned last: act on it."""
+        self._due, self._stored_at, self._joined = Tally(), now, True
+        throttle, me = self._throttle, fleet.members[self._name]
+        throttle.pace = me.pace if fleet.pace else None
+        if self._places is not None:
+            throttle.places = max(0, self._places - throttle.tally.lost)
+        elif self._first:
+            throttle.begin(self._first)
+        elif self.begun and not throttle.tally.limited:
+            throttle.begin()
+        self.begun = self.begun or self._first > 0 or fleet.limit is not None
+
+    def _age_s(self, fleet: Fleet, field: str, now: float) -> float:
+        return self._watch.age_s(field, getattr(fleet, field), now)
+
+    def _collect(self, now: float) -> None:
+        throttle = self._throttle
+        self._due += throttle.tally
+        self._taken.append((now, throttle.tally.taken))
+        throttle.tally = Tally()
+
+    def _rate(self, now: float) -> float:
+        taken = self._taken
+        while len(taken) > 1 and taken[1][0] < now - RATE_S:
+            taken.popleft()
+        over_s = now - taken[0][0]
+        return sum(count for _, count in itertools.islice(taken, 1, None)) / over_s if over_s > 0 else 0.0
+
+    def _living(self, fleet: Fleet, now: float) -> dict[str, Member]:
+        living = {
+            name: member
+            for name, member in fleet.members.items()
+            if name == self._name or self._watch.age_s(name, member.beat, now) < LEASE_S
+        }
+        self._watch.forget(fleet.members.keys() - living.keys())
+        return living
+
+    # -- what happened -------------------------------------------------------------------------------------------------
+
+    def _without_limit(self, fleet: Fleet, me: Member, now: float) -> None:
+        throttle = self._throttle
+        me.places = throttle.taken_now
+        if not self.begun:
+            self._first = self._first_calls(fleet, now)
+            fleet.begun += self._first > 0
+        elif throttle.places is not None and self._due.limited:
+            me.places = throttle.places
+            fleet.limit = max(1, me.places + sum(member.places for member in fleet.members.values()))
+            self._raised(fleet, fleet.limit)  # what is refused now is the doing of the ramp
+            fleet.streak = 0
+            fleet.look_taken = fleet.look_refused = 0
+
+    def _first_calls(self, fleet: Fleet, now: float) -> int:
+        """Calls that may be made at an endpoint of which nothing is known; one process begins after the other."""
+        if not fleet.members:
+            return RAMP_FLOOR
+        return int(min(self._age_s(fleet, "begun", now), self._age_s(fleet, "refused", now)) >= START_S)
+
+    def _with_limit(self, fleet: Fleet, me: Member) -> None:
+        throttle, limit = self._throttle, fleet.limit or 0
+        if not self._joined:
+            me.places = throttle.in_flight
+        elif throttle.places is None or self._due.limited:  # the others met the limit first: what we have is our part
+            part = throttle.taken_now if throttle.places is None else throttle.places
+            limit += part - me.places
+            me.places = part
+        else:
+            lost = min(self._due.lost, me.places)
+            limit -= lost
+            me.places -= lost
+        fleet.limit = max(1, limit)
+
+    def _account(self, fleet: Fleet, me: Member, now: float) -> None:
+        due = self._due
+        idle_s = now - self._stored_at if self._stored_at is not None else 0.0
+        earned = BUDGET_PER_CALL + NOISE_MARGIN * fleet.noise
+        earned = earned * due.taken + BUDGET_PER_S * idle_s / len(fleet.members)
+        fleet.budget = min(MOST_BUDGET, fleet.budget + earned)
+        fleet.since_raise += due.taken
+        fleet.refused += due.refused
+        explained = self._explained(fleet, now) if due.odd else 0
+        fleet.look_taken += due.taken
+        fleet.look_refused += due.odd - explained
+        covered = min(due.odd - explained, int(fleet.budget))
+        fleet.budget = max(0.0, fleet.budget - due.odd)
+        if fleet.limit is not None and not fleet.pace:
+            self._lower(fleet, me, due.odd - covered)
+
+    def _lower(self, fleet: Fleet, me: Member, places: int) -> None:
+        lost = max(0, min(places - self._due.lost, (fleet.limit or 1) - 1, me.places))
+        fleet.limit = (fleet.limit or 1) - lost
+        me.places -= lost
+        fleet.lowered += places
+        if places:
+            fleet.streak = 0
+
+    def _explained(self, fleet: Fleet, now: float) -> int:
+        """How many refusals are the doing of the last raise."""
+        refused = max(0, self._due.odd - round(2 * fleet.noise * self._due.taken))
+        if fleet.good_pace and fleet.since_raise < 2 * PACE_PROOF * fleet.pace / (fleet.pace - fleet.good_pace):
+            fleet.pace, fleet.good_pace = PACE_KEPT * fleet.good_pace, 0.0
+            fleet.streak = 0
+            return refused
+        if self._age_s(fleet, "raised", now) >= EXPLAINED_S:
+            return 0
+        explained = min(refused, fleet.raise_left)
+        fleet.raise_left -= explained
+        return explained
+
+    def _look(self, fleet: Fleet) -> None:
+        """Find out why calls are refused, where they are more than raises explain."""
+        calls, refused = fleet.look_taken + fleet.look_refused, fleet.look_refused
+        if refused < LOOK_REFUSED and calls < LOOK_CALLS:
+            return
+        share, rate = refused / calls, _rate_of(fleet)
+        fleet.look_taken = fleet.look_refused = 0
+        places = fleet.limit or sum(member.places for member in fleet.members.values())
+        if share <= TROUBLE + NOISE_MARGIN * fleet.noise:
+            fleet.trouble, fleet.noise = None, min(max(fleet.noise, TROUBLE), share)
+            return
+        before = fleet.trouble or (places, rate, share)
+        fleet.trouble = limit_before, rate_before, share_before = max(before[0], places), max(before[1], rate), before[2]
+        if fleet.limit is None:
+            fleet.limit = max(1, places)
+        elif rate < FELL * rate_before and ALIKE * share_before < share < MOST_NOISE:  # nobody is served by waiting
+            fleet.limit, fleet.pace, fleet.noise, fleet.trouble = limit_before, 0.0, share, None
+        elif fleet.pace:
+            fleet.pace = max(LEAST_PACE, PACE_HALF * rate_before, fleet.pace * (1 - share))
+        elif fleet.limit is not None and fleet.limit <= len(fleet.members):  # it counts calls per second
+            fleet.pace, fleet.limit = max(LEAST_PACE, PACE_KEPT * rate_before), len(fleet.members)
+            fleet.streak = FIRST_PACE_STREAK
+
+    # -- raising the limit, sharing it ---------------------------------------------------------------------------------
+
+    def _raise(self, fleet: Fleet, now: float) -> int:
+        """Raise the limit where it is time to; returns the number of further places."""
+        calm = self._age_s(fleet, "lowered", now) >= QUIET_S and self._age_s(fleet, "raised", now) >= RAISE_S
+        if not calm or fleet.limit is None or not (fleet.streak or fleet.budget >= 1):
+            return 0
+        if self._throttle.pressed and sum(member.places for member in fleet.members.values()) >= fleet.limit:
+            step = min(2**fleet.streak, max(1, int(MOST_RAISE * fleet.limit)))
+            fleet.limit += step
+            self._raised(fleet, step)
+            return step
+        if fleet.pace and not self._throttle.pressed:
+            share = min(PACE_RAISE * 2**fleet.streak, MOST_RAISE)
+            if fleet.since_raise >= PACE_PROOF / share:
+                self._raised(fleet, 0)
+                fleet.good_pace, fleet.pace = fleet.pace, fleet.pace * (1 + share)
+        return 0
+
+    @staticmethod
+    def _raised(fleet: Fleet, places: int) -> None:
+        fleet.raised += 1
+        fleet.streak += 1
+        fleet.raise_left, fleet.good_pace, fleet.since_raise = places, 0.0, 0
+
+    def _share(self, fleet: Fleet, me: Member, raised: int, now: float) -> None:
+        self._places = None
+        if fleet.limit is None:
+            return
+        wants = {name: member.wants for name, member in fleet.members.items() if member.wants}
+        scarce = len(wants) > fleet.limit or (fleet.pace and len(wants) * LEAST_PART > fleet.pace)
+        if scarce and self._watch.age_s("turn", fleet.turn, now) >= TURN_S:
+            fleet.turn += 1
+        free = fleet.limit - sum(member.places for member in fleet.members.values())
+        fair = fair_places(fleet.limit, wants, fleet.turn).get(self._name, 0)
+        if raised:  # whoever raises is short of places, and tries them at once
+            me.places += free
+        elif fair < me.places:
+            me.places = max(fair, self._throttle.in_flight)
+        else:
+            me.places += max(0, min(fair - me.places, free))
+        self._places = me.places if raised else min(fair, me.places)
+        free_pace = max(0.0, fleet.pace - sum(member.pace for member in fleet.members.values()))
+        fair_pace = fair_rates(fleet.pace, wants, fleet.turn).get(self._name, 0.0)
+        me.pace += min(fair_pace - me.pace, free_pace)
+
+
+def _rate_of(fleet: Fleet) -> float:
+    return sum(member.rate for member in fleet.members.values())
+
+
+def fair_rates(limit: float, wants: dict[str, int], turn: int) -> dict[str, float]:
+    """`limit` calls per second shared out in proportion to what is wanted, where that is enough for an even stream.
+
+    Else some members have it all in equal parts, others after the next `turn`.
+    """
+    names = sorted(wants)
+    some = max(1, int(limit / LEAST_PART))
+    if some >= len(names):
+        total = sum(wants.values())
+        return {name: limit * wanted / total for name, wanted in wants.items()}
+    return {names[(turn * some + i) % len(names)]: limit / some for i in range(some)}
+
+
+def fair_places(limit: int, wants: dict[str, int], turn: int) -> dict[str, int]:
+    """`limit` places shared out: nobody gets more than it wants while another wants more than it gets.
+
+    What cannot be divided goes to members in the order of their names, from another one on with every `turn`. What
+    nobody wants is spread evenly.
+    """
+    left, shares, short = limit, {}, dict(wants)
+    while short:
+        level = left // len(short)
+        content = [name for name, wanted in short.items() if wanted <= level]
+        if not content:
+            break
+        for name in content:
+            shares[name] = short.pop(name)
+            left -= shares[name]
+    names = sorted(short or shares)
+    if not names:
+        return {}
+    level, rest = divmod(left, len(names))
+    for place, name in enumerate(names):
+        lucky = (place - turn * rest) % len(names) < rest
+        shares[name] = shares.get(name, 0) + level + lucky
+    return shares

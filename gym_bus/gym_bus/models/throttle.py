@@ -1,0 +1,279 @@
+"""How many calls one process may have at an endpoint: pure rules over a clock that is passed in.
+
+An endpoint that never refuses is never held back: calls are let in as fast as the ramp lets them, a fifth more than the
+endpoint has been seen to take, every twentieth of a second. Where it refuses (429, 503, 529) what lies beyond that, what
+it has taken becomes the limit; afterwards every refusal says that there is one place too many, and takes it. Places come
+back from the fleet, which raises the sum of all processes with care (see `fleet`).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from enum import Enum, auto
+
+import msgspec
+
+RAMP_FLOOR = 8
+"""Calls that may begin at once at an endpoint of which nothing is known."""
+RAMP_GROWTH = 1.2
+RIPE_S = 0.05
+"""An endpoint that is full says so at once: a call that has been there for so long was taken."""
+ROUNDS_TO_CLOSE = 3
+"""Refusals in a row, each of a call that began after the one before was known: the endpoint takes no more now."""
+LEAST_REST_S, MOST_REST_S = 0.02, 0.5
+SLOW_KEPT = 0.7
+"""Of the calls in flight, where calls time out."""
+SLOW_SHARE = 0.1
+"""Of the calls, smoothed, that must time out before it counts as overload: one answer may always be too long."""
+SMOOTHING = 0.05
+EVEN = 0.9
+ALIKE = 0.2
+"""Mean deviation, as a part of the mean, below which calls take equally long."""
+LEAST_EVEN_S = 0.1
+LATE_S = 0.02
+"""A start that is so late is made up for: event loops are."""
+
+
+class End(Enum):
+    """What became of a call, as far as the endpoint's load is concerned."""
+
+    TAKEN = auto()
+    """The endpoint worked on it: it answered, rightly or wrongly."""
+    REFUSED = auto()
+    """It said that it has too much to do."""
+    TIMED_OUT = auto()
+    UNKNOWN = auto()
+    """It was not reached, or the call was given up: says nothing of its load."""
+
+
+class Ticket:
+    """One call that was let in."""
+
+    __slots__ = ("counted", "ended", "level", "started_at")
+
+    def __init__(self, started_at: float, level: int) -> None:
+        self.started_at = started_at
+        self.level = level
+        """Calls of this process at the endpoint when it began, itself included."""
+        self.counted = False
+        self.ended = False
+
+
+class Tally(msgspec.Struct):
+    """What happened since the fleet was last told."""
+
+    taken: int = 0
+    refused: int = 0
+    odd: int = 0
+    """Of these, those of calls that were not the most that the endpoint ever had of us."""
+    limited: bool = False
+    """Places were counted for the first time: what the endpoint had taken."""
+    lost: int = 0
+    """Places given up since."""
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.taken + other.taken,
+            self.refused + other.refused,
+            self.odd + other.odd,
+            self.limited or other.limited,
+            self.lost + other.lost,
+        )
+
+
+class Backoff(msgspec.Struct, frozen=True):
+    """How long to leave alone an endpoint that takes nothing: doubled with every further refusal."""
+
+    first_s: float = 0.5
+    most_s: float = 30.0
+
+    def wait_s(self, rounds: int) -> float:
+        """After so many refusals in a row, jittered."""
+        doubled = self.first_s * 2.0 ** max(0, min(rounds - ROUNDS_TO_CLOSE, 16))
+        return min(doubled, self.most_s) * random.uniform(0.5, 1.0)
+
+
+class Throttle:
+    """The calls of one process at one endpoint."""
+
+    def __init__(self, backoff: Backoff, *, places: int | None = None) -> None:
+        """Begin.
+
+        Args:
+            backoff: for an endpoint that takes nothing.
+            places: calls it may have there; None for as many as the ramp lets in.
+        """
+        self._backoff = backoff
+        self.places = places
+        self.pace: float | None = None
+        """Calls that may begin per second; None for any number."""
+        self.in_flight = 0
+        self.tally = Tally()
+        self._ramp = float(RAMP_FLOOR)
+        self._proven = 0
+        self._young: deque[Ticket] = deque()
+        self._resting: deque[float] = deque()
+        self._rounds = 0
+        self._refused_at = self._held_at = self._cut_at = float("-inf")
+        self._closed_until: float | None = None
+        self._taken_of: int | None = None
+        self._next_start = float("-inf")
+        self._mean_s = self._spread_s = self._slow_share = 0.0
+
+    # -- what the fleet asks and tells ---------------------------------------------------------------------------------
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the fleet should hear of it soon."""
+        return self.tally.refused > 0 or self.tally.lost > 0 or (self.places is not None and self.in_flight > self.places)
+
+    @property
+    def taken_now(self) -> int:
+        """Calls at the endpoint, as far as it is known by now that it took them."""
+        return self.in_flight if self._taken_of is None else self._taken_of
+
+    @property
+    def pressed(self) -> bool:
+        """Whether it is for want of places that calls wait."""
+        return self.places is not None and self.in_flight + len(self._resting) >= EVEN * self.places
+
+    def begin(self, calls: int | None = None) -> None:
+        """There is no limit: let so many calls in, or as many as before, and more as the endpoint takes them."""
+        if self.places is not None:
+            self.places, self._proven = None, self.in_flight
+        if calls is not None:
+            self._ramp = float(calls)
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def room(self, now: float) -> bool:
+        """Whether a call may begin now."""
+        self._ripen(now)
+        if self._closed_until is not None:
+            if now < self._closed_until:
+                return False
+            self._open_again(now)
+        if self._full or now < self._next_start or self.pace == 0:
+            return False
+        return self.in_flight + len(self._resting) + 1 <= self._ramp
+
+    @property
+    def _full(self) -> bool:
+        return self.places is not None and self.in_flight + len(self._resting) >= self.places
+
+    def room_at(self, now: float) -> float | None:
+        """When time alone may make room; None where something else must happen first."""
+        if self._closed_until is not None and now < self._closed_until:
+            return self._closed_until
+        if self._full:
+            return self._resting[0] if self._resting else None
+        if self.pace == 0:
+            return None
+        if self.in_flight + len(self._resting) + 1 > self._ramp:
+            ripe_at = self._young[0].started_at + RIPE_S if self._young else math.inf
+            at = min(ripe_at, self._resting[0] if self._resting else math.inf)
+            return at if at < math.inf else None
+        return max(now, self._next_start)
+
+    def start(self, now: float) -> Ticket:
+        """A call begins; `room` has been asked."""
+        self.in_flight += 1
+        ticket = Ticket(now, self.in_flight)
+        self._young.append(ticket)
+        if interval_s := self._interval_s():
+            self._next_start = max(now - LATE_S, self._next_start) + interval_s
+        return ticket
+
+    def _interval_s(self) -> float:
+        """Between two starts. Calls that take equally long would for ever begin in the bunches that they began in."""
+        by_pace = 1 / self.pace if self.pace else 0.0
+        alike = self._mean_s >= LEAST_EVEN_S and self._spread_s < ALIKE * self._mean_s
+        return max(by_pace, EVEN * self._mean_s / self.places) if self.places and alike else by_pace
+
+    def end(self, ticket: Ticket, now: float, end: End, retry_after_s: float | None = None) -> None:
+        """A call is over. `retry_after_s` is the wish of an endpoint that refused."""
+        self.in_flight -= 1
+        ticket.ended = True
+        if end is End.TAKEN:
+            self._learn(now - ticket.started_at)
+            self._take(ticket)
+        elif end is End.REFUSED:
+            self._refuse(ticket, now, retry_after_s)
+        elif end is End.TIMED_OUT:
+            self._time_out(ticket, now)
+        ticket.counted = True
+        self._ripen(now)
+
+    def _ripen(self, now: float) -> None:
+        young, resting = self._young, self._resting
+        while young and (young[0].ended or young[0].started_at + RIPE_S <= now):
+            ticket = young.popleft()
+            if not ticket.ended:
+                self._take(ticket)
+        while resting and resting[0] <= now:
+            resting.popleft()
+
+    def _learn(self, lasted_s: float) -> None:
+        if not self._mean_s:
+            self._mean_s = lasted_s
+        self._spread_s += (abs(lasted_s - self._mean_s) - self._spread_s) * SMOOTHING
+        self._mean_s += (lasted_s - self._mean_s) * SMOOTHING
+        self._slow_share *= 1 - SMOOTHING
+
+    def _take(self, ticket: Ticket) -> None:
+        if ticket.counted:
+            return
+        ticket.counted = True
+        self.tally.taken += 1
+        if ticket.level > self._proven:
+            self._proven = ticket.level
+        self._ramp = max(self._ramp, ticket.level + 1, ticket.level * RAMP_GROWTH)
+        if ticket.started_at > self._refused_at:
+            self._rounds = 0
+            self._taken_of = None
+
+    def _refuse(self, ticket: Ticket, now: float, retry_after_s: float | None) -> None:
+        self.tally.refused += 1
+        self._resting.append(now + min(max(self._mean_s or MOST_REST_S, LEAST_REST_S), MOST_REST_S))
+        frontier = self.places is None and (ticket.level > self._proven or self._taken_of is not None)
+        self.tally.odd += not frontier
+        if ticket.started_at > self._refused_at + RIPE_S * (self._rounds > 0):
+            self._rounds, self._refused_at = self._rounds + 1, now
+        if frontier:
+            self._hold(ticket, now)
+        if self._rounds == ROUNDS_TO_CLOSE and self.taken_now:
+            self._keep(self.taken_now)
+        elif self._rounds >= ROUNDS_TO_CLOSE:
+            wait_s = max(self._backoff.wait_s(self._rounds), min(retry_after_s or 0.0, self._backoff.most_s))
+            self._close(now + wait_s)
+
+    def _hold(self, ticket: Ticket, now: float) -> None:
+        """Of the calls that are there now more may be refused: by the end of this wait they will have come back."""
+        if self._taken_of is None:
+            self._taken_of, self._held_at = self.in_flight, now
+        elif ticket.started_at <= self._held_at:
+            self._taken_of -= 1
+        self._close(now + RIPE_S)
+
+    def _close(self, until: float) -> None:
+        self._closed_until = max(self._closed_until or until, until)
+
+    def _open_again(self, now: float) -> None:
+        self._closed_until = None
+        self._ramp = self.in_flight + len(self._resting) + 1.0
+
+    def _keep(self, places: int) -> None:
+        """Have no more than so many places from now on."""
+        if self.places is None:
+            self.places, self._taken_of, self.tally.limited = places, None, True
+        elif places < self.places:
+            self.tally.lost += self.places - places
+            self.places = places
+
+    def _time_out(self, ticket: Ticket, now: float) -> None:
+        self._slow_share += (1 - self._slow_share) * SMOOTHING
+        if self._slow_share >= SLOW_SHARE and ticket.started_at > self._cut_at:
+            self._cut_at = now
+            self._keep(max(1, int(SLOW_KEPT * ticket.level)))

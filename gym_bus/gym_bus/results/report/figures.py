@@ -1,0 +1,410 @@
+"""The report's plots: data and layout for plotly.js. Colours of text and grid are the page's business, by its theme."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gym_bus.results.extras import need
+from gym_bus.results.report.jobs import Entry
+from gym_bus.results.statistics import Estimate, Floats, pass_at_1
+
+COLOURS = ("#4c78f0", "#ef7f51", "#22a58b", "#b06fdd", "#d99a12", "#e0588a", "#6b9e3c", "#7f8ba0")
+"""One per job; told apart on light and on dark ground, also by those who do not see red and green apart."""
+OUTCOMES = {"pass": "#1f9d8a", "partial": "#e0a526", "fail": "#d4526e"}
+SCALE = ((0.0, "#d4526e"), (0.5, "#f0c05a"), (1.0, "#1f9d8a"))
+"""Mean reward 0 to 1."""
+MOST_CELLS = 20_000
+"""Of one heat map; of more tasks, neighbours share a cell."""
+BINS = 40
+"""Of lengths."""
+FEW = 24
+"""Different rewards up to this number get a bar each; of more, as many bins."""
+TENTHS = 10
+STAGES = {
+    "request_queue_s": "waiting for an agent",
+    "model_s": "model",
+    "tools_s": "tools",
+    "other_s": "rest of the agent",
+    "publish_s": "publishing",
+    "attempt_queue_s": "waiting for a verifier",
+    "verify_s": "verifying",
+}
+"""In order of time."""
+
+Figure = dict[str, Any]
+
+
+def colour(place: int) -> str:
+    """The colour of the job at a place in the report."""
+    return COLOURS[place % len(COLOURS)]
+
+
+def figures(entries: Sequence[Entry]) -> dict[str, Figure]:
+    """Every plot that has something to show, by name."""
+    made = {
+        "pass-curve": pass_curve(entries),
+        "rewards": reward_histogram(entries),
+        "task-rates": task_rate_histogram(entries),
+        "lengths": length_histogram(entries),
+        "reward-by-length": reward_by_length(entries),
+        "waterfall": waterfall(entries),
+        "progress": progress(entries),
+    }
+    made |= {f"heat-{place}": heat_map(entry) for place, entry in enumerate(entries)}
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def _figure(traces: Sequence[Any], height: int, **layout: Any) -> Figure:
+    graph = need("plotly.graph_objects", "analysis")
+    layout = {"height": height, "margin": {"l": 56, "r": 16, "t": 12, "b": 48}, "template": None, **layout}
+    figure: Figure = graph.Figure(traces, layout).to_plotly_json()
+    figure["layout"].pop("template", None)
+    return figure
+
+
+def _graph() -> Any:
+    return need("plotly.graph_objects", "analysis")
+
+
+def pass_curve(entries: Sequence[Entry]) -> Figure | None:
+    """pass@k and pass^k over k, with their intervals; None where no task has two rollouts."""
+    traces = []
+    for place, entry in enumerate(entries):
+        best = {int(name[5:]): e for name, e in entry.estimates.items() if name.startswith("pass@")}
+        worst = {int(name[5:]): e for name, e in entry.estimates.items() if name.startswith("pass^")}
+        if len(best) < 2:
+            continue
+        of = f"{entry.label}: " if len(entries) > 1 else ""
+        said = "k = %{x}: %{y:.2%}"
+        traces.append(_line(best, f"{of}pass@k", colour(place), "solid", said))
+        traces.append(_line({1: best[1]} | worst, f"{of}pass^k", colour(place), "dot", said))
+    if not traces:
+        return None
+    return _figure(
+        traces,
+        340,
+        xaxis={"title": {"text": "k, rollouts drawn per task"}, "type": "log", "tickvals": [1 << n for n in range(11)]},
+        yaxis={"title": {"text": "share of tasks"}, "tickformat": ".0%", "rangemode": "tozero"},
+    )
+
+
+def _line(estimates: Mapping[Any, Estimate], name: str, colour: str, dash: str, said: str) -> Any:
+    """Estimates with their intervals. `said` begins the words at a point; customdata is low, high, number, 10 ** x."""
+    known = {x: (e.mean, e.low, e.high, e.tasks) for x, e in estimates.items() if e.mean is not None}
+    return _graph().Scatter(
+        x=list(known),
+        y=[mean for mean, _, _, _ in known.values()],
+        name=name,
+        mode="lines+markers",
+        line={"color": colour, "dash": dash, "width": 2},
+        error_y={
+            "type": "data",
+            "array": [0.0 if high is None else high - mean for mean, _, high, _ in known.values()],
+            "arrayminus": [0.0 if low is None else mean - low for mean, low, _, _ in known.values()],
+            "thickness": 1,
+            "width": 3,
+        },
+        customdata=[[low, high, number, 10.0**x] for x, (_, low, high, number) in known.items()],
+        hovertemplate=said
+        + "<br>95 %: %{customdata[0]:.4f} to %{customdata[1]:.4f}<br>n = %{customdata[2]:,}"
+        + "<extra>%{fullData.name}</extra>",
+    )
+
+
+def reward_histogram(entries: Sequence[Entry]) -> Figure | None:
+    """How many rollouts got which reward, in per cent of the scored ones."""
+    return _shares(entries, [entry.rewards for entry in entries], "reward of a rollout", "scored rollouts")
+
+
+def task_rate_histogram(entries: Sequence[Entry]) -> Figure | None:
+    """How many tasks have which mean reward; None where tasks have one rollout only."""
+    most = max(int(entry.table.task_scored.max(initial=0)) for entry in entries)
+    if most < 2:
+        return None
+    steps = min(most, 20)  # means over fewer rollouts than most tasks have lie in between
+    rates = [np.round(entry.task_means[~np.isnan(entry.task_means)] * steps) / steps for entry in entries]
+    return _shares(entries, rates, "mean reward of a task", "tasks")
+
+
+def _shares(entries: Sequence[Entry], values: Sequence[Floats], what: str, of: str) -> Figure | None:
+    """Bars of the share of every value; of bins, where there are many values."""
+    everything = np.concatenate(values)
+    if not len(everything):
+        return None
+    centres = np.unique(everything)
+    if many := len(centres) > FEW:
+        edges = np.histogram_bin_edges(everything, FEW)
+        centres = (edges[:-1] + edges[1:]) / 2
+    names = [f"{value:.3g}" for value in centres]
+    traces = []
+    for place, (entry, own) in enumerate(zip(entries, values, strict=True)):
+        count = np.histogram(own, edges)[0] if many else np.array([(own == value).sum() for value in centres])
+        traces.append(
+            _graph().Bar(
+                x=names,
+                y=count / max(1, len(own)),
+                name=entry.label,
+                marker={"color": colour(place)},
+                customdata=count,
+                hovertemplate=f"{'about ' if many else ''}%{{x}}: %{{customdata:,}} {of}, %{{y:.1%}}"
+                "<extra>%{fullData.name}</extra>",
+            )
+        )
+    return _figure(
+        traces,
+        300,
+        barmode="group",
+        bargap=0.25,
+        xaxis={"title": {"text": what}, "type": "category", "categoryorder": "array", "categoryarray": names},
+        yaxis={"title": {"text": f"share of {of}"}, "tickformat": ".0%"},
+        showlegend=len(entries) > 1,
+    )
+
+
+def length_histogram(entries: Sequence[Entry]) -> Figure | None:
+    """Output lengths on a logarithmic axis: of one job by outcome, of several side by side."""
+    found = [_known_lengths(entry) for entry in entries]
+    everything = np.concatenate([lengths for lengths, _ in found])
+    if not len(everything):
+        return None
+    edges = np.linspace(*_log_range(everything), BINS + 1)
+    middle, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
+    traces = []
+    if len(entries) == 1:
+        lengths, rewards = found[0]
+        for name, chosen in _by_outcome(rewards).items():
+            traces.append(
+                _steps(middle, width, np.histogram(np.log10(lengths[chosen]), edges)[0], name, OUTCOMES[name])
+            )
+    else:
+        for place, (entry, (lengths, _)) in enumerate(zip(entries, found, strict=True)):
+            share = np.histogram(np.log10(lengths), edges)[0] / max(1, len(lengths))
+            traces.append(_outline(middle, share, entry.label, colour(place)))
+    return _figure(
+        traces,
+        300,
+        barmode="stack",
+        bargap=0.04,
+        xaxis={"title": {"text": f"length of the output, {_unit(entries)}"}, **_log_ticks(edges)},
+        yaxis={"title": {"text": "scored rollouts"}} | ({"tickformat": ".0%"} if len(entries) > 1 else {}),
+        showlegend=True,
+    )
+
+
+def _known_lengths(entry: Entry) -> tuple[Floats, Floats]:
+    """Lengths of the scored rollouts that have any, and their rewards."""
+    lengths, reward = entry.lengths[0], entry.frame["reward"].to_numpy(float)
+    known = (lengths > 0) & ~np.isnan(reward)
+    return lengths[known], reward[known]
+
+
+def _log_range(values: Floats) -> tuple[float, float]:
+    low, high = np.log10(values.min()), np.log10(values.max())
+    return (low - 0.05, high + 0.05) if high - low < 0.1 else (low, high + 1e-9)
+
+
+def _log_ticks(edges: Floats) -> dict[str, Any]:
+    """Ticks for an axis of decimal logarithms: 1, 2, 5, 10, ... as numbers."""
+    low, high = float(edges[0]), float(edges[-1])
+    steps = (1, 2, 5) if high - low < 3 else (1,)
+    values = [step * 10.0**power for power in range(int(low) - 1, int(high) + 2) for step in steps]
+    shown = [value for value in values if low - 0.02 <= np.log10(value) <= high + 0.02]
+    return {"tickvals": [float(np.log10(value)) for value in shown], "ticktext": [_short(value) for value in shown]}
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _by_outcome(rewards: Floats) -> dict[str, Any]:
+    return {"pass": rewards >= 1, "partial": (rewards > 0) & (rewards < 1), "fail": rewards <= 0}
+
+
+def _steps(middle: Floats, width: float, count: Any, name: str, colour: str) -> Any:
+    return _graph().Bar(
+        x=middle,
+        y=count,
+        width=width,
+        name=name,
+        marker={"color": colour},
+        customdata=10**middle,
+        hovertemplate="about %{customdata:,.0f}: %{y:,}<extra>%{fullData.name}</extra>",
+    )
+
+
+def _outline(middle: Floats, share: Floats, name: str, colour: str) -> Any:
+    return _graph().Scatter(
+        x=middle,
+        y=share,
+        name=name,
+        mode="lines",
+        line={"color": colour, "shape": "hvh", "width": 2},
+        customdata=10**middle,
+        hovertemplate="about %{customdata:,.0f}: %{y:.1%}<extra>%{fullData.name}</extra>",
+    )
+
+
+def reward_by_length(entries: Sequence[Entry]) -> Figure | None:
+    """Mean reward of the shortest tenth of the outputs, the next, ...; None where there are few."""
+    traces, seen = [], []
+    for place, entry in enumerate(entries):
+        lengths, rewards = _known_lengths(entry)
+        if len(lengths) < 5 * TENTHS:
+            continue
+        edges = np.unique(np.quantile(lengths, np.linspace(0, 1, TENTHS + 1)))[1:-1]
+        bins = np.digitize(lengths, edges, right=True)
+        parts = [bins == at for at in np.unique(bins)]
+        x = [float(np.log10(np.median(lengths[part]))) for part in parts]
+        seen += x
+        means = {at: pass_at_1(rewards[part][:, None]) for at, part in zip(x, parts, strict=True)}
+        traces.append(_line(means, entry.label, colour(place), "solid", "about %{customdata[3]:,.0f}: %{y:.3f}"))
+    if not traces:
+        return None
+    return _figure(
+        traces,
+        300,
+        xaxis={"title": {"text": f"length of the output, {_unit(entries)}, in tenths"}, **_log_ticks(np.sort(seen))},
+        yaxis={"title": {"text": "mean reward"}, "rangemode": "tozero"},
+        showlegend=len(entries) > 1,
+    )
+
+
+def _unit(entries: Sequence[Entry]) -> str:
+    return " or ".join(dict.fromkeys(entry.lengths[1] for entry in entries))
+
+
+def heat_map(entry: Entry) -> Figure | None:
+    """A cell per task, in order of index, coloured by its mean reward; empty where it has none."""
+    tasks, means = entry.table.tasks, entry.task_means
+    if not len(tasks):
+        return None
+    shared = -(-len(tasks) // MOST_CELLS)
+    cells = -(-len(tasks) // shared)
+    wide = int(np.clip(np.ceil(np.sqrt(cells * 6)), min(cells, 20), 100))
+    high = -(-cells // wide)
+    value = np.full(high * wide, np.nan)
+    value[:cells] = [_mean(means[at : at + shared]) for at in range(0, len(tasks), shared)]
+    first = np.full(high * wide, -1, np.int64)
+    first[:cells] = tasks[::shared]
+    heat = _graph().Heatmap(
+        z=_rounded(value.reshape(high, wide)),
+        customdata=first.reshape(high, wide).tolist(),
+        zmin=0,
+        zmax=1,
+        colorscale=[list(stop) for stop in SCALE],
+        xgap=1,
+        ygap=1,
+        hoverongaps=False,
+        showscale=False,
+        hovertemplate="task %{customdata}"
+        + (f" and the {shared - 1} after it" if shared > 1 else "")
+        + ": mean reward %{z:.3f}<extra></extra>",
+    )
+    axis = {"visible": False, "fixedrange": True}
+    return _figure(
+        [heat],
+        int(np.clip(high * 16, 40, 560)),
+        margin={"l": 0, "r": 0, "t": 0, "b": 0},
+        xaxis=axis,
+        yaxis={**axis, "autorange": "reversed"},
+    )
+
+
+def _mean(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else np.nan
+
+
+def _rounded(values: Floats) -> list[list[float | None]]:
+    return [[None if value != value else round(value, 3) for value in row] for row in values.tolist()]
+
+
+def stage_seconds(entry: Entry) -> dict[str, Floats]:
+    """Seconds per stage of every scored rollout, stages in order of time; shape [scored rollouts with timings]."""
+    frame = entry.frame[(entry.frame["outcome"] == "scored").to_numpy() & (entry.work_s > 0)]
+    seconds = {name: frame[name].to_numpy(float) for name in STAGES if name in frame}
+    seconds["other_s"] = np.maximum(0.0, frame["agent_s"].to_numpy(float) - seconds["model_s"] - seconds["tools_s"])
+    return {name: seconds[name] for name in STAGES}
+
+
+def waterfall(entries: Sequence[Entry]) -> Figure | None:
+    """Mean seconds per stage, each bar beginning where the one before ends; None where nothing was timed."""
+    traces = []
+    for place, entry in enumerate(entries):
+        means = {name: float(values.mean()) for name, values in stage_seconds(entry).items() if len(values)}
+        if not means:
+            continue
+        lengths = list(means.values())
+        begin = np.cumsum([0.0, *lengths[:-1]]).tolist()
+        traces.append(
+            _graph().Bar(
+                y=[STAGES[name] for name in means],
+                x=lengths,
+                base=begin,
+                orientation="h",
+                name=entry.label,
+                marker={"color": colour(place)},
+                text=[seconds(length) for length in lengths],
+                textposition="outside",
+                cliponaxis=False,
+                customdata=[length / sum(lengths) if sum(lengths) else 0 for length in lengths],
+                hovertemplate="%{y}: %{text}, %{customdata:.1%} of the whole<extra>%{fullData.name}</extra>",
+            )
+        )
+    if not traces:
+        return None
+    return _figure(
+        traces,
+        max(300, 90 + 26 * len(STAGES) * len(traces)),
+        barmode="group",
+        margin={"l": 150, "r": 64, "t": 12, "b": 48},
+        xaxis={"title": {"text": "seconds since the request, mean over the scored rollouts"}, "rangemode": "tozero"},
+        yaxis={"autorange": "reversed"},
+        showlegend=len(traces) > 1,
+    )
+
+
+def seconds(value: float) -> str:
+    """A duration for people."""
+    if value != value:
+        return "–"
+    if value < 0.001:
+        return "< 1 ms" if value > 0 else "0"
+    if value < 0.0995:
+        return f"{1000 * value:.3g} ms"
+    return f"{value:.3g} s" if value < 99.5 else f"{value:,.0f} s"
+
+
+def progress(entries: Sequence[Entry]) -> Figure | None:
+    """Share of the expected rollouts that were recorded, over time; None where the files do not say when."""
+    traces = []
+    for place, entry in enumerate(entries):
+        ended = np.sort(entry.frame["finished_at"].dropna().astype("int64").to_numpy()) / 1e9
+        if len(ended) < 2:
+            continue
+        at = np.unique(np.linspace(0, len(ended) - 1, min(len(ended), 400)).astype(int))
+        traces.append(
+            _graph().Scatter(
+                x=np.round(ended[at] - ended[0], 3),
+                y=(at + 1) / entry.counts.expected,
+                name=entry.label,
+                mode="lines",
+                line={"color": colour(place), "width": 2},
+                hovertemplate="%{x:,.1f} s: %{y:.1%}<extra>%{fullData.name}</extra>",
+            )
+        )
+    if not traces:
+        return None
+    return _figure(
+        traces,
+        300,
+        xaxis={"title": {"text": "seconds since the first result"}, "rangemode": "tozero"},
+        yaxis={"title": {"text": "share of the expected rollouts"}, "tickformat": ".0%", "rangemode": "tozero"},
+        showlegend=len(traces) > 1,
+    )

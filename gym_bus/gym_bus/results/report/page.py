@@ -1,0 +1,198 @@
+"""The page: words, plots and transcripts packed into one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from gym_bus.errors import DataError
+from gym_bus.results.disk import replace_file
+from gym_bus.results.extras import need
+from gym_bus.results.report import words
+from gym_bus.results.report.choose import REASONS, SLOWEST, choose, slowest
+from gym_bus.results.report.figures import colour, figures, seconds
+from gym_bus.results.report.items import Json
+from gym_bus.results.report.jobs import QUEUED, Entry, read_entries
+from gym_bus.results.report.tasks import Family, TaskRow, excerpts, families, task_rows, telling
+from gym_bus.results.report.transcripts import outcome, read_transcripts
+
+TEMPLATES = Path(__file__).parent / "templates"
+MOST_TRANSCRIPTS = 1000
+MOST_CHARS = 8_000_000
+"""Of all transcripts together; packed, they take less than half of it."""
+MOST_TASKS = 1500
+"""Tasks in the table, all families together."""
+MOST_DOTS = 64
+"""Rollouts shown per task and job."""
+
+
+class Written(msgspec.Struct, frozen=True, kw_only=True):
+    """What a report holds."""
+
+    output: str
+    size_bytes: int
+    jobs: int
+    rollouts: int
+    """Recorded in all jobs."""
+    transcripts: int
+    """Of these, shown in full."""
+
+
+def write_report(paths: Sequence[Path], output: Path, *, transcripts: int = MOST_TRANSCRIPTS) -> Written:
+    """Write the report about the jobs in some folders or rollouts files, as one HTML page.
+
+    Memory: the numbers of all rollouts, about 500 bytes each, and the texts of the transcripts.
+
+    Args:
+        paths: folders of jobs, or rollouts files.
+        output: the page.
+        transcripts: how many rollouts to show in full, at most.
+
+    Raises:
+        UsageError: no rollouts there, or the page cannot be written.
+        DataError: names file and line.
+    """
+    entries = read_entries(paths)
+    grouped = families(entries)
+    rows = [task_rows(entries, family) for family in grouped]
+    shown = read_transcripts(entries, choose(entries, grouped, rows, transcripts), MOST_CHARS)
+    page = _render(entries, grouped, rows, shown).encode("utf-8", "replace")
+    replace_file(output, [page])
+    recorded = sum(len(entry.frame) for entry in entries)
+    return Written(
+        output=str(output), size_bytes=len(page), jobs=len(entries), rollouts=recorded, transcripts=len(shown)
+    )
+
+
+def _render(
+    entries: Sequence[Entry], grouped: Sequence[Family], rows: Sequence[Sequence[TaskRow]], shown: Sequence[Json]
+) -> str:
+    jinja2, plotly = need("jinja2", "analysis"), need("plotly.offline", "analysis")
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters |= {"per_cent": words.per_cent}
+    plots = figures(entries)
+    app, library = (TEMPLATES / "report.js").read_text(), plotly.get_plotlyjs()
+    places = {(one["job"], one["task"], one["rollout"]): at for at, one in enumerate(shown)}
+    page: str = templates.get_template("report.html").render(
+        title=words.title(entries),
+        made_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        version=version("gym-bus"),
+        entries=entries,
+        colours=[colour(place) for place in range(len(entries))],
+        recorded=sum(len(entry.frame) for entry in entries),
+        expected=sum(entry.counts.expected for entry in entries),
+        transcripts=len(shown),
+        scale=words.scale(entries),
+        rows=words.headline(entries, grouped),
+        notes=words.notes(entries, grouped),
+        settings=words.setup(entries),
+        failures=words.failures(entries),
+        recovered=words.recovered(entries),
+        stages=words.stages(entries),
+        slowest=_slowest(entries, places),
+        kinds={
+            place: words.kinds(own, member)
+            for family, own in zip(grouped, rows, strict=True)
+            for member, place in enumerate(family.members)
+        },
+        plots=plots,
+        style=(TEMPLATES / "report.css").read_text(),
+        app=app,
+        hashes=[_hash(app), _hash(library)],
+        library=_packed(library),
+        data=_packed(json.dumps(_data(entries, grouped, rows, shown, plots), separators=(",", ":"))),
+    )
+    return page
+
+
+def _slowest(entries: Sequence[Entry], places: dict[tuple[int, int, int], int]) -> list[Json]:
+    """The slowest rollouts of every job, with the parts of their time in per cent of the slowest of all."""
+    found = [
+        (float(entry.work_s[at]), place, entry.frame.iloc[at])
+        for place, entry in enumerate(entries)
+        for at in slowest(entry)[: max(5, SLOWEST // len(entries))]
+    ]
+    longest = max((work for work, _, _ in found), default=1.0)
+    return [
+        {
+            "label": entries[place].label,
+            "colour": colour(place),
+            "task": (task := int(row["task_index"])),
+            "rollout": (rollout := int(row["rollout_index"])),
+            "work": seconds(work),
+            "queued": seconds(float(row[list(QUEUED)].sum())),
+            "parts": [(name, seconds(value), round(100 * value / longest, 2)) for name, value in _parts(row).items()],
+            "tokens": None if row["output_tokens"] != row["output_tokens"] else int(row["output_tokens"]),
+            "outcome": outcome(None if row["outcome"] == "failed" else float(row["reward"])),
+            "at": places.get((place, task, rollout)),
+        }
+        for work, place, row in sorted(found, key=lambda one: -one[0])
+    ]
+
+
+def _parts(row: Any) -> dict[str, float]:
+    model, tools, agent = (float(row[name]) for name in ("model_s", "tools_s", "agent_s"))
+    parts = {"model": model, "tools": tools, "rest": max(0.0, agent - model - tools), "verify": float(row["verify_s"])}
+    return {name: value for name, value in parts.items() if value == value}
+
+
+def _data(
+    entries: Sequence[Entry],
+    grouped: Sequence[Family],
+    rows: Sequence[Sequence[TaskRow]],
+    shown: Sequence[Json],
+    plots: dict[str, Any],
+) -> Json:
+    return {
+        "jobs": [{"label": entry.label, "colour": colour(place)} for place, entry in enumerate(entries)],
+        "figures": plots,
+        "reasons": REASONS,
+        "families": [
+            _tasks(entries, family, own, MOST_TASKS // len(grouped)) for family, own in zip(grouped, rows, strict=True)
+        ],
+        "transcripts": shown,
+    }
+
+
+def _tasks(entries: Sequence[Entry], family: Family, rows: Sequence[TaskRow], most: int) -> Json:
+    taken = telling(rows, most)
+    about = excerpts(entries, family, [row.task for row in taken])
+    return {
+        "members": family.members,
+        "totals": Counter(row.kind for row in rows) | {"differ": sum(row.spread > 0 for row in rows), "all": len(rows)},
+        "tasks": [
+            {
+                "task": row.task,
+                "about": about.get(row.task, ""),
+                "kind": row.kind,
+                "spread": round(row.spread, 4),
+                "rewards": [list(own.items())[:MOST_DOTS] for own in row.rewards],
+                "means": [row.mean(member) for member in range(len(row.rewards))],
+            }
+            for row in taken
+        ],
+    }
+
+
+def _packed(text: str) -> str:
+    """Gzip, then base64: a quarter of the size, and nothing in it can end a script element or be taken for HTML."""
+    return base64.b64encode(gzip.compress(text.encode("utf-8", "surrogatepass"), 9, mtime=0)).decode()
+
+
+def _hash(script: str) -> str:
+    """As a content security policy names a script that may run."""
+    if "</script" in script.lower():
+        raise DataError("the script of the page would end in its middle")
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
