@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check lint types bench lock clean
+.PHONY: help setup demo test test-fast chaos check lint types bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,10 @@ test: $(READY) ## run all tests: real broker, real Ray, real sandbox, real HTTP
 		--cov=gym_bus.verifiers --cov=gym_bus.benchmarks --cov-report= $(TESTS)
 	$(BIN)/python -m coverage report --skip-covered --fail-under=95 \
 		--include='verifiers/*,benchmarks/*' --omit='*/tests/*'
+
+CHAOS ?= --chaos-rollouts 5000 --chaos-long
+chaos: $(READY) ## kill everything at random for minutes, and see that nothing is lost; CHAOS='--chaos-seed 7 ...'
+	$(BIN)/python -m pytest -q tests/chaos $(CHAOS)
 
 lint: $(READY) ## formatting, style, import directions
 	$(BIN)/ruff format --check .

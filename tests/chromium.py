@@ -84,7 +84,9 @@ class Page:
     async def open(self, path: Path) -> None:
         """Load a report and wait until it says that it is ready."""
         await self.send("Page.navigate", url=path.resolve().as_uri())
-        await self.until("document.documentElement.dataset.ready === 'yes' || !document.getElementById('trouble').hidden")
+        await self.until(
+            "document.documentElement.dataset.ready === 'yes' || !document.getElementById('trouble').hidden"
+        )
 
     async def eval(self, expression: str) -> Any:
         """The value of a JavaScript expression; promises are awaited."""

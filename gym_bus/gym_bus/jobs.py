@@ -69,8 +69,9 @@ class JobRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class JobProgress(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """How far a job is, under `<job>.progress`; written by the results consumer about once a second where something
-    has changed, else every few seconds.
+    """How far a job is, under `<job>.progress`.
+
+    Written by the results consumer about once a second where something has changed, else every few seconds.
     """
 
     scored: int = 0

@@ -5,14 +5,60 @@ A name that arrives on the bus is looked up here and nowhere else, so a message 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.machinery
+import importlib.util
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Generic, TypeVar, cast
 
-from gym_bus.errors import UsageError, did_you_mean
+from gym_bus.errors import ConfigError, UsageError, did_you_mean
 
 T = TypeVar("T")
+
+Offers = dict[str, dict[str, str]]
+"""By entry-point group and name: `/folder/file.py:attribute`."""
+
+_OFFERED: Offers = {}
+"""What the folders bring along that the user named; every registry of the group knows it."""
+
+
+def offer(group: str, name: str, path: str) -> None:
+    """Make the code of a folder that the user named known in this process; nothing is imported yet.
+
+    Raises:
+        UsageError: another folder has brought that name along.
+    """
+    known = _OFFERED.setdefault(group, {})
+    if known.setdefault(name, path) != path:
+        raise UsageError(f"{path}: {name!r} is the name of {known[name]} already: give one of them another name")
+
+
+def offered() -> Offers:
+    """Everything that was offered, for a process that is to find what this one finds."""
+    return {group: dict(paths) for group, paths in _OFFERED.items()}
+
+
+def take_over(offers: Offers) -> None:
+    """Know what another process was offered."""
+    for group, paths in offers.items():
+        for name, path in paths.items():
+            offer(group, name, path)
+
+
+def import_file(path: Path) -> ModuleType:
+    """A Python file of a folder that is no installed package; `from .other import x` finds the files beside it."""
+    folder = path.parent
+    package = f"gym_bus_folder_{folder.name}_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+    if package not in sys.modules:
+        spec = importlib.machinery.ModuleSpec(package, None, is_package=True)
+        spec.submodule_search_locations = [str(folder)]
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"{package}.{path.stem}")
 
 
 class Registry(Generic[T]):
@@ -28,7 +74,8 @@ class Registry(Generic[T]):
             for entry in entry_points(group=self._group):
                 self._paths.setdefault(entry.name, entry.value)
             self._discovered = True
-        return self._paths
+        # A name of ours, or of an installed package, cannot be taken over by a folder.
+        return _OFFERED.get(self._group, {}) | self._paths
 
     def add(self, name: str, path: str) -> None:
         """Register `module:attribute` under `name` in this process."""
@@ -49,5 +96,12 @@ class Registry(Generic[T]):
         paths = self._discover()
         if name not in paths:
             raise UsageError(f"unknown {self._what} {name!r}: {did_you_mean(name, paths)}")
-        module, _, attribute = paths[name].partition(":")
-        return cast(T, getattr(importlib.import_module(module), attribute))
+        if name in self._paths and (theirs := _OFFERED.get(self._group, {}).get(name)):
+            raise ConfigError(f"{theirs}: {name!r} is the name of another {self._what}: choose one of its own")
+        module, _, attribute = paths[name].rpartition(":")
+        if not module.endswith(".py"):
+            return cast(T, getattr(importlib.import_module(module), attribute))
+        try:
+            return cast(T, getattr(import_file(Path(module)), attribute))
+        except (ImportError, SyntaxError, AttributeError) as e:
+            raise ConfigError(f"{self._what} {name!r}: {module} does not load: {e}") from None

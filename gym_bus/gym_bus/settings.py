@@ -66,7 +66,8 @@ class BusConfig(_Section, frozen=True):
     heartbeat_s: Seconds = 20.0
     """How often a worker extends what it holds; well below `ack_wait_s`."""
     max_deliver: PositiveInt = 5
-    """Deliveries of one message before it counts as poison; what a worker hands back, at a restart, does not count."""
+    """Times that work on one message may begin and come to no end, as its worker dies or hangs, before it counts as
+    poison; what a worker hands back, at a restart, does not count."""
     held_bytes: Bytes = 256 * MiB
     """Bodies that a worker holds, those being worked on included, before it pulls no more."""
     connect_limit_s: Seconds = 5.0
@@ -273,4 +274,7 @@ class Config(_Section, frozen=True):
     registry: RegistryConfig = RegistryConfig()
     data_dir: str = ".gym_bus/data"
     """Where prepared data sets lie."""
+    benchmark_paths: tuple[str, ...] = ()
+    """Folders of benchmarks, or folders that hold such: their names are known, and their code is run by this machine's
+    workers."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from gym_bus.server import die_with_parent
+
 GYM_BUS = [sys.executable, "-m", "gym_bus.cli.main"]
 
 
@@ -58,7 +60,13 @@ class Player:
         with self.log.open("ab") as output:
             self._from = output.tell()
             self.process = await asyncio.create_subprocess_exec(
-                *GYM_BUS, *self._arguments, cwd=self._folder, stdout=output, stderr=output, start_new_session=True
+                *GYM_BUS,
+                *self._arguments,
+                cwd=self._folder,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent,  # a test run that is killed leaves nothing behind
             )
 
     @property

@@ -27,8 +27,8 @@ from gym_bus.bus import Bus
 from gym_bus.settings import BusConfig, Distribution
 
 SETTLE_LIMIT_S = 60.0
-LEFTOVER_LIMIT_S = 30.0
-"""Helpers of Ray look for their parent now and then only."""
+LEFTOVER_LIMIT_S = {"local": 10.0, "ray": 90.0}
+"""Two helpers of Ray look for their parent once a minute only."""
 PROGRAMS_SHARE = 0.1
 """Of the rollouts, those whose programs run in the sandbox."""
 
@@ -290,7 +290,7 @@ class Stage:
 
     async def left_behind(self) -> list[str]:
         """Processes whose parent was killed and that did not follow it."""
-        deadline = time.monotonic() + LEFTOVER_LIMIT_S
+        deadline = time.monotonic() + LEFTOVER_LIMIT_S[self.chaos.executor]
         while True:
             now = {process for player in self.players.values() for process in player.descendants()}
             left = [f"left behind by {who}" for p, who in self._everyone.items() if p not in now and _runs(p)]

@@ -38,7 +38,7 @@ LIMIT_S = 110
 BLOCK = re.compile(
     r"(?:<!-- file: (?P<file>\S+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-PLANNED = ("make test", "make check", "make setup", "make bench", "make lock")
+PLANNED = ("make test", "make chaos", "make check", "make setup", "make bench", "make lock")
 
 
 def name_of(page: Path) -> str:

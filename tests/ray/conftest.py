@@ -12,6 +12,7 @@ from gym_bus.verifiers.registry import VERIFIERS
 
 _MODULE = '''
 import os, time
+kept = []
 from gym_bus.messages import Verdict
 from gym_bus.errors import TaskError
 from gym_bus.verifiers.base import Placement
@@ -38,6 +39,8 @@ class Scripted:
         if do == "hang":
             while True:
                 10 ** 10
+        if do == "grow":
+            kept.append(b"x" * task.row["bytes"])
         if do == "broken task":
             raise TaskError("no reference")
         if do == "broken verifier":

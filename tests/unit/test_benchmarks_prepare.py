@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import http.server
@@ -52,11 +53,13 @@ def a_benchmark(
 
 
 class _Site(http.server.ThreadingHTTPServer):
-    """Answers every path with `body`; counts the requests."""
+    """Answers every path with `body`; counts the requests, and notes what part of it they ask for."""
 
     body: bytes = PUBLISHED
     announced: int | None = None
     requests: int = 0
+    ranges: list[str]
+    takes_ranges: bool = True
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -67,10 +70,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/gone":
             self.send_error(404)
             return
-        self.send_response(200)
-        self.send_header("Content-Length", str(self.server.announced or len(self.server.body)))
+        wanted = self.headers.get("Range", "")
+        self.server.ranges.append(wanted)
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.server.takes_ranges else 0
+        if start >= len(self.server.body):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(self.server.body) - 1}/{len(self.server.body)}")
+        self.send_header("Content-Length", str((self.server.announced or len(self.server.body)) - start))
         self.end_headers()
-        self.wfile.write(self.server.body)
+        self.wfile.write(self.server.body[start:])
 
     def log_message(self, format: str, *args: Any) -> None:
         del format, args
@@ -79,6 +90,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def site() -> Iterator[_Site]:
     server = _Site(("127.0.0.1", 0), _Handler)
+    server.ranges = []
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
@@ -201,6 +213,61 @@ def test_a_download_that_breaks_off_says_what_to_do(tmp_path: Path, site: _Site)
         UsageError, match=r"cannot fetch http://.*: the connection ended after \d+ of \d+ bytes.*--source"
     ):
         prepare(benchmark, tmp_path / "data", say=quiet)
+
+
+def begun(tmp_path: Path, content: bytes) -> Path:
+    """What an earlier run has kept of the published file."""
+    part = tmp_path / "data" / "mine" / "source" / ".data.jsonl.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(content)
+    return part
+
+
+def test_a_download_goes_on_where_it_broke_off(tmp_path: Path, site: _Site) -> None:
+    benchmark = a_benchmark(tmp_path / "bench", url_of(site))
+    site.body, site.announced = PUBLISHED[:50], len(PUBLISHED)
+    with pytest.raises(UsageError, match=r"The 50 bytes that came are kept: the same command goes on from there"):
+        prepare(benchmark, tmp_path / "data", say=quiet)
+    site.body, site.announced = PUBLISHED, None
+    said: list[str] = []
+    seen: list[tuple[int, int | None]] = []
+
+    prepared = prepare(
+        benchmark, tmp_path / "data", say=said.append, progress=lambda done, total: seen.append((done, total))
+    )
+
+    assert (prepared.rows, site.ranges) == (3, ["", "bytes=50-"])
+    assert "going on after 50 bytes" in said[1]
+    assert seen[-1] == (len(PUBLISHED), len(PUBLISHED))
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("kept", "takes_ranges", "ranges"),
+    [
+        (PUBLISHED[:50], False, ["bytes=50-"]),  # the server sends all of it
+        (PUBLISHED, True, [f"bytes={len(PUBLISHED)}-"]),  # nothing was left to fetch
+        (b"older" + PUBLISHED[5:50], True, ["bytes=50-", ""]),  # what was kept is of another edition
+    ],
+)
+def test_whatever_was_kept_the_published_file_comes_out(
+    tmp_path: Path, site: _Site, kept: bytes, takes_ranges: bool, ranges: list[str]
+) -> None:
+    begun(tmp_path, kept)
+    site.takes_ranges = takes_ranges
+
+    assert prepare(a_benchmark(tmp_path / "bench", url_of(site)), tmp_path / "data", say=quiet).rows == 3
+
+    assert site.ranges == ranges
+    assert leftovers(tmp_path) == []
+
+
+def test_two_processes_do_not_fetch_the_same_file_at_once(tmp_path: Path, site: _Site) -> None:
+    with begun(tmp_path, b"").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        with pytest.raises(UsageError, match="another process is fetching it: wait for that one"):
+            prepare(a_benchmark(tmp_path / "bench", url_of(site)), tmp_path / "data", say=quiet)
 
 
 @pytest.mark.parametrize(

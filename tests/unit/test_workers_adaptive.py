@@ -17,7 +17,7 @@ from gym_bus.messages import Policy, RolloutId, Scored
 from gym_bus.results.files import JobFiles
 from gym_bus.results.rounds import Rounds
 from gym_bus.results.sequence import Limits
-from gym_bus.workers.adaptive import Aim, Step, _Adapting
+from gym_bus.workers.adaptive import Aim, Step, Adapting
 from gym_bus.workers.plan import Job
 from gym_bus.workers.publish import Order
 from gym_bus.workers.results import open_writer
@@ -37,13 +37,13 @@ def job(tmp_path: Path) -> Job:
     return Job(manifest=manifest, record=record, order=order, files=files, resumed=False)
 
 
-def adapting(job: Job, target: float = 0.05, steps: list[Step] | None = None, **aim: Any) -> _Adapting:
-    made = _Adapting(job, Config(), Aim(half_width=target, **aim), (steps if steps is not None else []).append)
+def adapting(job: Job, target: float = 0.05, steps: list[Step] | None = None, **aim: Any) -> Adapting:
+    made = Adapting(job, Config(), Aim(half_width=target, **aim), (steps if steps is not None else []).append)
     made.open()
     return made
 
 
-def score(run: _Adapting, reward: float | None = None) -> None:
+def score(run: Adapting, reward: float | None = None) -> None:
     """Give every rollout that has none a reward; by default the odd tasks are right every second time."""
     with open_writer(run.job.record, run.job.files, Config().results) as writer:
         missing = list(writer.ledger.missing())

@@ -13,7 +13,7 @@ import msgspec
 from gym_bus.benchmarks.data_metrics import DataMetrics, about, conflict_path, differences, read_metrics, write_metrics
 from gym_bus.benchmarks.dataset import Row
 from gym_bus.benchmarks.spec import Benchmark, DatasetSpec, data_path
-from gym_bus.benchmarks.validate import Each, Figures, Mode, Report, validate_dataset
+from gym_bus.benchmarks.validate import Each, Figures, Report, validate_dataset
 from gym_bus.errors import DataError, UsageError
 
 _encode = msgspec.json.Encoder().encode
@@ -37,20 +37,22 @@ class Collated(msgspec.Struct, frozen=True, kw_only=True):
     metrics: Path
 
 
-def missing_data(parts: Sequence[Part], data_dir: Path, mode: Mode) -> list[tuple[Benchmark, DatasetSpec, Path]]:
-    """The datasets that `collate` would not find."""
+def missing_data(
+    parts: Sequence[Part], data_dir: Path, types: Sequence[str]
+) -> list[tuple[Benchmark, DatasetSpec, Path]]:
+    """The datasets of these types that `collate` would not find."""
     return [
         (part.benchmark, dataset, path)
         for part in parts
         for dataset in part.benchmark.spec.datasets
-        if dataset.type in mode.types and not (path := data_path(part.benchmark, data_dir, dataset.name)).is_file()
+        if dataset.type in types and not (path := data_path(part.benchmark, data_dir, dataset.name)).is_file()
     ]
 
 
 def collate(
-    parts: Sequence[Part], data_dir: Path, output: Path, *, mode: Mode, overwrite: bool = False
+    parts: Sequence[Part], data_dir: Path, output: Path, *, types: Sequence[str], overwrite: bool = False
 ) -> tuple[list[Collated], list[Report]]:
-    """Write `<type>.jsonl` and `<type>_metrics.json` for every kind of data that the mode is about and that there is.
+    """Write `<type>.jsonl` and `<type>_metrics.json` for every type of data that is wanted and that there is.
 
     A row is written as often as its dataset is repeated, prompt applied, stamped with the agent that it belongs to.
     Where a row is broken, nothing is written and nothing is lost: the reports say what is wrong.
@@ -59,18 +61,18 @@ def collate(
         parts: the benchmarks, in their order.
         data_dir: the data folder of all benchmarks.
         output: the folder.
-        mode: which datasets.
+        types: of datasets, such as those that a `Mode` is about.
         overwrite: replace figures that are in conflict with the present ones.
 
     Raises:
         UsageError: no benchmark has such data; the folder cannot be written; figures there are in conflict.
     """
-    types = [t for t in mode.types if any(d.type == t for part in parts for d in part.benchmark.spec.datasets)]
-    if not types:
-        raise UsageError(f"no dataset of type {' or '.join(mode.types)}, which {mode} is about, in any of them")
+    found = [t for t in types if any(d.type == t for part in parts for d in part.benchmark.spec.datasets)]
+    if not found:
+        raise UsageError(f"none of these benchmarks has a dataset of type {' or '.join(types)}")
     reports: list[Report] = []
     with ExitStack() as stack:
-        files = [stack.enter_context(_TypeFile(output, type_, overwrite=overwrite)) for type_ in types]
+        files = [stack.enter_context(_TypeFile(output, type_, overwrite=overwrite)) for type_ in found]
         for file in files:
             for part in parts:
                 reports += file.take(part, data_dir)

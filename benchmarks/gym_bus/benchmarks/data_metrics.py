@@ -21,6 +21,20 @@ from gym_bus.results.disk import replace_file
 
 EXAMPLES = "Number of examples"
 
+ABOUT_BENCHMARK = ("name", "type", "jsonl_fpath", "prepare_script", "prompt_config", "num_repeats")
+ABOUT_OTHER = (
+    "name",
+    "type",
+    "jsonl_fpath",
+    "num_repeats",
+    "source",
+    "gitlab_identifier",
+    "huggingface_identifier",
+    "license",
+)
+ABOUT = frozenset({*ABOUT_BENCHMARK, *ABOUT_OTHER})
+"""Keys of a metrics file that say which dataset it is of."""
+
 _LARGE_TOLERANCE, _SMALL_TOLERANCE = 5e-3, 5e-4
 _NOT_COUNTED = frozenset({"responses_create_params", "response"})
 
@@ -127,21 +141,17 @@ def _rounded(value: float) -> float:
 def about(dataset: DatasetSpec) -> dict[str, Any]:
     """The dataset's part of its metrics file: its keys as NeMo Gym writes them."""
     if dataset.type == "benchmark":
-        keys = ("name", "type", "jsonl_fpath", "prepare_script", "prompt_config", "num_repeats")
-        return {key: getattr(dataset, key) for key in keys}
+        return {key: getattr(dataset, key) for key in ABOUT_BENCHMARK}
     source = dataset.source
     gitlab = source if isinstance(source, GitlabIdentifier) else dataset.gitlab_identifier
     hugging_face = source if isinstance(source, HuggingFaceIdentifier) else dataset.huggingface_identifier
-    return {
-        "name": dataset.name,
-        "type": dataset.type,
-        "jsonl_fpath": dataset.jsonl_fpath,
-        "num_repeats": dataset.num_repeats,
+    values = {
         "source": msgspec.to_builtins(source) or None,
         "gitlab_identifier": _identifier(gitlab),
         "huggingface_identifier": _identifier(hugging_face),
         "license": dataset.license or None,
     }
+    return {key: values[key] if key in values else getattr(dataset, key) for key in ABOUT_OTHER}
 
 
 def _identifier(place: GitlabIdentifier | HuggingFaceIdentifier | None) -> dict[str, Any] | None:

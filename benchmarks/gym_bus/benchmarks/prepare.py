@@ -215,7 +215,7 @@ def _fetch(source: Source, folder: Path, say: Callable[[str], None], progress: P
         say(f"fetching {source.url}" + (f", going on after {begun:,} bytes" if begun else ""))
         _get(source, out, progress)
         if begun and _digest(part, compressed=source.file.endswith(".gz")) not in source.sha256:
-            out.truncate(0)  # what was kept may be of an older edition
+            _empty(out)  # what was kept may be of an older edition
             _get(source, out, progress)
         os.fsync(out.fileno())
         found = _digest(part, compressed=source.file.endswith(".gz"))
@@ -224,6 +224,11 @@ def _fetch(source: Source, folder: Path, say: Callable[[str], None], progress: P
             raise UsageError(_mismatch(source.url, found, source))
         part.replace(path)
     return path
+
+
+def _empty(out: IO[bytes]) -> int:
+    out.seek(0)
+    return out.truncate()
 
 
 def _take(out: IO[bytes], part: Path) -> None:
@@ -263,8 +268,7 @@ def _download(url: str, out: IO[bytes], progress: Progress) -> None:
         raise
     with reply:
         if size and not str(reply.headers.get("Content-Range", "")).startswith(f"bytes {size}-"):
-            size = out.seek(0)  # the server sends the whole of it
-            out.truncate()
+            size = _empty(out)  # the server sends the whole of it
         announced = reply.headers.get("Content-Length")
         total = size + int(announced) if announced is not None else None
         while chunk := reply.read(_CHUNK_BYTES):

@@ -18,6 +18,7 @@ from gym_bus.benchmarks.prompt import Prompt, check_prompt, read_prompt
 from gym_bus.config import check, file_layers, find_file, interpolate, merge_layers
 from gym_bus.errors import ConfigError, UsageError, did_you_mean
 from gym_bus.origins import Origins
+from gym_bus.registry import offer
 
 DOMAINS = (
     "agent",
@@ -70,6 +71,17 @@ class PartSpec(_Section, frozen=True, kw_only=True):
 
     name: str
     options: dict[str, Any] = {}
+    code: str | None = None
+    """`file.py:Class` in the benchmark's folder, where the benchmark brings it along; null for a registered one."""
+
+
+class AuditSpec(_Section, frozen=True, kw_only=True):
+    """What `gym-bus env audit` must know to attack the verifier."""
+
+    gold: str | None = None
+    """A perfect answer, with `{key}` for the row's keys; null to take the recorded answers that score 1."""
+    accepted: dict[str, str] = {}
+    """Cheats that the scoring rules allow, by name, each with the reason."""
 
 
 class GitlabIdentifier(_Section, frozen=True, kw_only=True):
@@ -138,6 +150,7 @@ class BenchmarkSpec(_Section, frozen=True, kw_only=True):
     """Whether its scores were compared with published ones."""
     agent: PartSpec = PartSpec(name="simple")
     verifier: PartSpec
+    audit: AuditSpec = AuditSpec()
     prompt: Prompt | None = None
     """Builds the model's input; absent where the rows bring their own `responses_create_params.input`."""
     prompt_config: str | None = None
@@ -158,6 +171,8 @@ class Benchmark(msgspec.Struct, frozen=True):
     """What rows of it are stamped with as `agent_ref.name`; names of NeMo Gym's agents are kept."""
     origins: Origins = msgspec.field(default_factory=Origins)
     """Where each key of the specification was written."""
+    config: str = CONFIG
+    """Name of its configuration file in the folder."""
 
     def dataset(self, which: str | None = None) -> DatasetSpec:
         """The dataset of that type or of that name; without one, the main one.
@@ -223,18 +238,75 @@ def load_benchmark(name_or_path: str) -> Benchmark:
         ConfigError: its `config.yaml` is wrong; the file and the key are named.
     """
     known = _found()
+    if (added := _added.get(name_or_path)) and known[name_or_path] == (added.parent, None):
+        return _with_code(_load(added.parent, config=added.name))
     if name_or_path in known:
-        return _load(*known[name_or_path])
+        return _with_code(_load(*known[name_or_path]))
     path = Path(name_or_path)
     if path.is_dir() and (path / CONFIG).is_file():
-        return _load(path)
+        return _with_code(_load(path))
     if path.is_file():
-        return _load(path.parent, config=path.name)
+        return _with_code(_load(path.parent, config=path.name))
     if path.is_dir():
         raise UsageError(f"{path}: the folder has no {CONFIG}, so it is no benchmark")
     if "/" in name_or_path:
         raise UsageError(f"{path}: no such folder or file; a benchmark is a name or a folder with a {CONFIG}")
     raise UsageError(f"unknown benchmark {name_or_path!r}: {did_you_mean(name_or_path, known)}")
+
+
+def _with_code(benchmark: Benchmark) -> Benchmark:
+    """Have the registries know the agent and the verifier that the benchmark brings along."""
+    for kind in ("agent", "verifier"):
+        part: PartSpec = getattr(benchmark.spec, kind)
+        if part.code is None:
+            continue
+        file, _, attribute = part.code.partition(":")
+        path, where = (benchmark.folder / file).resolve(), benchmark.origins.nearest(f"{kind}.code")
+        if not (file.endswith(".py") and attribute.isidentifier() and path.is_file()):
+            raise ConfigError(
+                f"{where}: key '{kind}.code': {part.code!r} is not file.py:Class of a file in {benchmark.folder}"
+            )
+        offer(f"gym_bus.{kind}s", subjects.token(part.name, kind), f"{path}:{attribute}")
+    return benchmark
+
+
+def brings_code(spec: BenchmarkSpec) -> bool:
+    """Whether the benchmark's own code must run on the workers."""
+    return spec.agent.code is not None or spec.verifier.code is not None
+
+
+def known_benchmarks() -> tuple[str, ...]:
+    """The names that `load_benchmark` knows."""
+    return tuple(_found())
+
+
+def add_folders(paths: Iterable[str]) -> tuple[str, ...]:
+    """Make benchmarks in folders known in this process, by name, with the code that they bring along.
+
+    Args:
+        paths: each the folder of a benchmark, its configuration file, or a folder whose folders are benchmarks.
+
+    Returns:
+        The paths, absolute.
+
+    Raises:
+        UsageError: there is no benchmark at a path, or its name is taken.
+        ConfigError: a `config.yaml` is wrong.
+    """
+    absolute = [Path(path).absolute() for path in paths]
+    for path in absolute:
+        files = [path] if path.is_file() else sorted(path.glob(CONFIG)) or sorted(path.glob(f"*/{CONFIG}"))
+        if not files:
+            raise UsageError(f"benchmark_paths: {path}: no {CONFIG} in it, nor in a folder of it")
+        for file in files:
+            name = _with_code(_load(file.parent, config=file.name)).spec.name
+            if _added.setdefault(name, file) != file:
+                raise UsageError(f"benchmark_paths: {file}: {name!r} is the name of {_added[name]} already")
+    return tuple(map(str, absolute))
+
+
+_added: dict[str, Path] = {}
+"""Configuration files by the benchmark's name, as the setting `benchmark_paths` leads to them."""
 
 
 def list_benchmarks(data_dir: Path, search_dirs: Iterable[Path] = ()) -> list[BenchmarkInfo]:
@@ -283,7 +355,8 @@ def _count_lines(path: Path) -> int:
 
 def _found() -> dict[str, tuple[Path, str | None]]:
     """Folder and package by name; nothing is imported. A built-in name cannot be taken over."""
-    found = {name: (folder, package) for name, folder, package in _installed()}
+    found: dict[str, tuple[Path, str | None]] = {name: (file.parent, None) for name, file in _added.items()}
+    found |= {name: (folder, package) for name, folder, package in _installed()}
     builtin = Path(__file__).parent
     for config in builtin.glob(f"*/{CONFIG}"):
         found[config.parent.name] = (config.parent, f"{__package__}.{config.parent.name}")
@@ -325,6 +398,7 @@ def _load(folder: Path, package: str | None = None, *, config: str = CONFIG) -> 
         root=root,
         instance=instance or f"{spec.name}_{spec.agent.name}_agent",
         origins=origins,
+        config=config,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from gym_bus.benchmarks.data_metrics import (
+    ABOUT,
     DataMetrics,
     about,
     conflict_path,
@@ -118,7 +119,7 @@ def validate_benchmark(
     """
     wanted = [dataset for dataset in benchmark.spec.datasets if dataset.type in mode.types]
     if not wanted:
-        raise UsageError(f"{benchmark.folder}: no dataset of type {' or '.join(mode.types)}, which {mode} is about")
+        raise UsageError(f"{benchmark.folder}: no dataset of type {' or '.join(mode.types)}, which {mode} looks at")
     return [
         validate_dataset(benchmark, dataset, data_path(benchmark, data_dir, dataset.name), required, figures=figures)
         for dataset in wanted
@@ -160,10 +161,9 @@ def validate_file(
     mode: Mode | None = None,
     figures: Figures = Figures.CHECK,
 ) -> Report:
-    """Check a data file that belongs to no benchmark; with `example_validation` it must have five rows.
+    """Check a data file on its own; with `example_validation` it must have five rows.
 
-    Raises:
-        DataError: it cannot be read.
+    With a `prompt` its figures are compared with none: those beside it may be of another prompt.
     """
     report = Report(path=path)
     metrics = DataMetrics()
@@ -171,7 +171,8 @@ def validate_file(
     report.metrics = metrics.figures()
     if mode is Mode.EXAMPLE_VALIDATION:
         _check_examples(report)
-    _check_metrics(report, needed=mode is Mode.EXAMPLE_VALIDATION, figures=figures)
+    if prompt is None or figures is not Figures.CHECK:
+        _check_metrics(report, needed=mode is Mode.EXAMPLE_VALIDATION, figures=figures)
     return report
 
 
@@ -256,7 +257,10 @@ def _check_metrics(report: Report, *, needed: bool, figures: Figures) -> None:
             report.error(f"{path}: no such file: write it with --write-metrics, and commit it")
         return
     try:
-        found = list(differences(read_metrics(path), report.metrics))
+        committed = read_metrics(path)
+        if not report.dataset:  # what is said there of the dataset cannot be known of a file on its own
+            committed = {key: value for key, value in committed.items() if key not in ABOUT}
+        found = list(differences(committed, report.metrics))
     except DataError as e:
         report.error(str(e))
         return

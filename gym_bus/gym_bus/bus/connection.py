@@ -614,8 +614,11 @@ class Bus:
 
     async def delete(self, stream: str, sequence: int) -> None:
         """Remove one message; nothing happens where it is gone already. Raises BusError."""
+        # Without erasing: overwriting the message on disk makes the server 200 times slower, and hides nothing from us.
+        order = msgspec.json.encode({"seq": sequence, "no_erase": True})
         try:
-            await asyncio.wait_for(self.js.delete_msg(stream, sequence), API_LIMIT_S)
+            call = self.js._api_request(f"$JS.API.STREAM.MSG.DELETE.{stream}", order, timeout=API_LIMIT_S)
+            await asyncio.wait_for(call, API_LIMIT_S)
         except (TimeoutError, nats.errors.Error) as e:
             may_be_gone = getattr(e, "err_code", None) in MESSAGE_GONE
             if not may_be_gone or await self.message_at(stream, sequence) is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -43,24 +42,14 @@ class ConsumerState(msgspec.Struct, frozen=True, kw_only=True):
     """How far a work queue's consumer is."""
 
     name: str
-    subject: str
-    """Its filter."""
     undelivered: int
     leased: int
     """Delivered and not acked."""
-    redelivered: int
-    """Of these, delivered more than once."""
-    pulls: int
-    """Requests for messages that wait: somebody is ready to work."""
-    delivered_at: float | None
-    """Seconds since the epoch on the server's clock, None where it has not delivered since the server started."""
 
 
 class Stored(msgspec.Struct, frozen=True, kw_only=True):
     """A message where it lies."""
 
-    sequence: int
-    subject: str
     message_id: str
     stored_at: float
     """Seconds since the epoch on the server's clock."""
@@ -86,12 +75,8 @@ async def consumer_states(bus: Bus, stream: str) -> list[ConsumerState]:
     return [
         ConsumerState(
             name=str(info.name),
-            subject=str(info.config.filter_subject or ""),
             undelivered=int(info.num_pending or 0),
             leased=int(info.num_ack_pending or 0),
-            redelivered=int(info.num_redelivered or 0),
-            pulls=int(info.num_waiting or 0),
-            delivered_at=_epoch(info.delivered.last_active if info.delivered else None),
         )
         for info in infos
     ]
@@ -130,12 +115,6 @@ async def _message(bus: Bus, stream: str, subject: str, **more: Any) -> Stored |
     except (TimeoutError, nats.errors.Error) as e:
         raise trouble(f"stream {stream}", e) from None
     return Stored(
-        sequence=int(found.seq or 0),
-        subject=str(found.subject),
         message_id=(found.headers or {}).get(ID_HEADER, ""),
-        stored_at=_epoch(found.time) or 0.0,
+        stored_at=found.time.timestamp() if found.time else 0.0,
     )
-
-
-def _epoch(moment: datetime | None) -> float | None:
-    return moment.timestamp() if moment is not None and moment.year > 1 else None

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from gym_bus.results.check import Finding
 
 FAILURES = 1
-SHOWN = 10
 
 
 @click.command("audit")
@@ -78,7 +77,7 @@ def _print(audit: Audit) -> None:
 
 def _print_finding(finding: Finding) -> None:
     click.echo(f"FOUND in {finding.check}: {finding.what} ({finding.count:,})")
-    for example in finding.examples[:SHOWN]:
+    for example in finding.examples:
         click.echo(f"  {example}")
     if finding.examples and (more := finding.count - len(finding.examples)) > 0 and len(finding.examples) > 1:
         click.echo(f"  and {more:,} more")

@@ -59,12 +59,22 @@ def settings(
             config = msgspec.json.decode(sys.stdin.buffer.read(), type=Config)
         except msgspec.DecodeError as e:
             raise UsageError(f"--config -: not a configuration: {e}") from None
+        config = with_folders(config)
     else:
         found = resolved(config_files, overrides, nats, base)
-        config = found.config()
+        config = with_folders(found.config())
         check_names(config, found.origins)
     configure_logs(config.log_level)
     return config
+
+
+def with_folders(config: Config, *more: Path) -> Config:
+    """`config` with the benchmarks at its `benchmark_paths`, and at `more`, known here and to the workers it is for."""
+    if not (paths := (*config.benchmark_paths, *map(str, more))):
+        return config
+    from gym_bus.benchmarks.spec import add_folders
+
+    return msgspec.structs.replace(config, benchmark_paths=add_folders(dict.fromkeys(paths)))
 
 
 def resolved(

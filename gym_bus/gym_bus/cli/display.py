@@ -191,7 +191,8 @@ def print_summary(s: Summary) -> None:
         shown.add_row(name, estimate_words(estimate))
     if s.until_ci:
         shown.add_row("pass@1, these tasks", _until_ci_words(s.until_ci))
-    shown.add_row("mean reward", "none scored" if s.mean_reward is None else f"{s.mean_reward:.4f}")
+    uneven = "  (of all rollouts, in which tasks with more repeats count more)" if s.until_ci else ""
+    shown.add_row("mean reward", "none scored" if s.mean_reward is None else f"{s.mean_reward:.4f}{uneven}")
     repeats = f"{s.num_repeats} and more, as needed" if s.until_ci else str(s.num_repeats)
     shown.add_row("rollouts", f"{s.expected:,} = {s.tasks:,} tasks x {repeats}")
     shown.add_row("scored", f"{s.scored:,}")

@@ -10,11 +10,13 @@ from typing import Any
 import click
 import msgspec
 
+from gym_bus.benchmarks.spec import brings_code
 from gym_bus.bus import Bus
 from gym_bus.cli import common, display
 from gym_bus.cli.adaptive import run_adaptively, take_aim, until_ci, until_options
 from gym_bus.cli.analysis import aggregate, compare, profile
 from gym_bus.cli.replay import replay
+from gym_bus.cli.report import export, report
 from gym_bus.config import Config
 from gym_bus.errors import UsageError
 from gym_bus.jobs import JobRecord, find_job, list_jobs
@@ -31,7 +33,7 @@ def command() -> None:
     """Run benchmarks and look after the jobs."""
 
 
-for part in (aggregate, compare, profile, replay):
+for part in (aggregate, compare, export, profile, replay, report):
     command.add_command(part)
 
 
@@ -88,6 +90,8 @@ def prepare_job(options: dict[str, Any], more: tuple[str, ...] = ()) -> tuple[Jo
         shard=Shard.parse(options["shard"]) if options["shard"] else None,
     )
     plan = plan_job(wanted, config)
+    if brings_code(plan.benchmark.spec):
+        config = common.with_folders(config, plan.benchmark.folder / plan.benchmark.config)
     if config.bus.url is not None:  # before anything is written: a run that cannot start must not take the folder
         common.run(_reach(config))
     shard = f"-{wanted.shard.index}-of-{wanted.shard.count}" if wanted.shard else ""

@@ -31,6 +31,8 @@ RAISE_S = 0.5
 """Between two raises: the first must have been used, and found good."""
 EXPLAINED_S = 1.0
 """Refusals so long after a raise are its doing."""
+BACK = 0.8
+"""Part of the places that there were, up to which they come back fast."""
 MOST_RAISE = 0.2
 """Of the limit, in one raise. Raises double while they are found good."""
 PACE_RAISE = 0.01
@@ -42,16 +44,22 @@ PACE_HALF = 0.5
 LEAST_PART = 4.0
 """Calls per second of one member: many that call now and then do not make an even stream."""
 FIRST_PACE_STREAK = 3
-LOOK_REFUSED, LOOK_CALLS = 8, 1000
+LOOK_REFUSED, LOOK_CALLS = 12, 1000
 """The share of refusals is taken over so many of them, or so many calls."""
+LOOK_NONE = 7
+"""Where less is tried, and nothing is refused: the refusals that were to be expected by now."""
+CLOSED = 0.9
+"""Share of refusals at which the endpoint takes nothing, which has nothing to do with our load."""
 TROUBLE = 0.02
-FELL = 0.7
-"""What part is left of the calls that are taken where it counts as less."""
+TRIED, HELPED = 0.7, 0.95
+"""Parts of the places: with so many it is tried whether less is refused, and so many are kept where it is."""
+TRIES = 3
 ALIKE = 0.5
-"""What part of the refusals is left; where it is more although fewer calls are taken, they come at random."""
+"""What part of the refusals may be left then; where it is more, calls are refused at random."""
 NOISE_MARGIN = 1.5
+NOISE_SMOOTHING = 0.2
 MOST_NOISE = 0.35
-RATE_S = 4.0
+RATE_S = 2.0
 """The time over which rates are taken."""
 START_S = 0.15
 """Between two processes that begin with an endpoint of which nothing is known."""
@@ -92,8 +100,12 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Counts raises."""
     streak: int = 0
     """Raises in a row that were found good."""
-    raise_left: int = 0
-    """Places of the last raise that were not refused."""
+    raise_places: int = 0
+    """Places that the last raise added."""
+    raise_refused: int = 0
+    """Calls refused since."""
+    raise_explained: int = 0
+    """Those of them that it explains: as many of its places were too many."""
     good_pace: float = 0.0
     """The pace before its last raise; 0 where there was none."""
     since_raise: int = 0
@@ -102,11 +114,14 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Counts refusals."""
     lowered: int = 0
     """Counts places that were given up."""
+    high: int = 0
+    """Places with which the limit was raised last."""
     look_taken: int = 0
     look_refused: int = 0
     """Calls since the last look."""
-    trouble: tuple[int, float, float] | None = None
-    """Limit, calls taken per second and share of refusals when there were too many first."""
+    trial: tuple[int, float, int] | None = None
+    """While it is tried whether less is refused with fewer places: places and share of refusals before, and how often
+    they were made fewer since."""
     noise: float = 0.0
     """Share of calls that is refused whatever the load."""
     turn: int = 0
@@ -164,9 +179,8 @@ class Partner:
         fleet = msgspec.structs.replace(known, members=self._living(known, now))
         me = fleet.members.pop(self._name, None) or Member()
         self._joined = self._joined and me.beat > 0
-        me = msgspec.structs.replace(
-            me, beat=me.beat + 1, wants=self._throttle.in_flight + waiting, rate=round(self._rate(now), 3)
-        )
+        wants = self._throttle.in_flight + (0 if self._throttle.closed(now) else waiting)
+        me = msgspec.structs.replace(me, beat=me.beat + 1, wants=wants, rate=round(self._rate(now), 3))
         self._first = 0
         if fleet.limit is None:
             self._without_limit(fleet, me, now)
@@ -175,7 +189,7 @@ class Partner:
         fleet.members[self._name] = me
         self._account(fleet, me, now)
         self._look(fleet)
-        raised = self._raise(fleet, now) if waiting and fleet.limit is not None else 0
+        raised = self._raise(fleet, now) if waiting and fleet.limit is not None and fleet.trial is None else 0
         self._share(fleet, me, raised, now)
         return fleet
 
@@ -229,7 +243,7 @@ class Partner:
             me.places = throttle.places
             fleet.limit = max(1, me.places + sum(member.places for member in fleet.members.values()))
             self._raised(fleet, fleet.limit)  # what is refused now is the doing of the ramp
-            fleet.streak = 0
+            fleet.streak = fleet.look_taken = fleet.look_refused = 0
             fleet.look_taken = fleet.look_refused = 0
 
     def _first_calls(self, fleet: Fleet, now: float) -> int:
@@ -263,9 +277,10 @@ class Partner:
         explained = self._explained(fleet, now) if due.odd else 0
         fleet.look_taken += due.taken
         fleet.look_refused += due.odd - explained
-        covered = min(due.odd - explained, int(fleet.budget))
+        noisy = fleet.noise >= TROUBLE  # single refusals say nothing then
+        covered = due.odd - explained if noisy else min(due.odd - explained, int(fleet.budget))
         fleet.budget = max(0.0, fleet.budget - due.odd)
-        if fleet.limit is not None and not fleet.pace:
+        if fleet.limit is not None and not fleet.pace and fleet.trial is None:
             self._lower(fleet, me, due.odd - covered)
 
     def _lower(self, fleet: Fleet, me: Member, places: int) -> None:
@@ -277,50 +292,79 @@ class Partner:
             fleet.streak = 0
 
     def _explained(self, fleet: Fleet, now: float) -> int:
-        """How many refusals are the doing of the last raise."""
-        refused = max(0, self._due.odd - round(2 * fleet.noise * self._due.taken))
-        if fleet.good_pace and fleet.since_raise < 2 * PACE_PROOF * fleet.pace / (fleet.pace - fleet.good_pace):
+        """How many refusals are the doing of the last raise, and not noise."""
+        fleet.raise_refused += self._due.odd
+        beyond = int(fleet.raise_refused - 2 * fleet.noise * fleet.since_raise) - fleet.raise_explained
+        if beyond <= 0:
+            return 0
+        if fleet.good_pace and fleet.since_raise < 2 * PACE_PROOF / PACE_RAISE:
             fleet.pace, fleet.good_pace = PACE_KEPT * fleet.good_pace, 0.0
             fleet.streak = 0
-            return refused
+            return beyond
         if self._age_s(fleet, "raised", now) >= EXPLAINED_S:
             return 0
-        explained = min(refused, fleet.raise_left)
-        fleet.raise_left -= explained
+        explained = min(beyond, fleet.raise_places - fleet.raise_explained)
+        fleet.raise_explained += explained
+        fleet.high = max(1, (fleet.limit or 1) - explained)
         return explained
 
     def _look(self, fleet: Fleet) -> None:
         """Find out why calls are refused, where they are more than raises explain."""
-        calls, refused = fleet.look_taken + fleet.look_refused, fleet.look_refused
-        if refused < LOOK_REFUSED and calls < LOOK_CALLS:
+        taken, refused = fleet.look_taken, fleet.look_refused
+        if fleet.trial is None:
+            enough = float(LOOK_CALLS)
+        elif self._throttle.places is not None and self._throttle.in_flight > self._throttle.places:
+            fleet.look_taken = fleet.look_refused = 0  # what is tried has not begun
             return
-        share, rate = refused / calls, _rate_of(fleet)
+        else:
+            enough = (2 * LOOK_REFUSED if refused else LOOK_NONE) / fleet.trial[1]
+        if refused < LOOK_REFUSED and taken + refused < enough:
+            return
+        share = refused / (taken + refused)
         fleet.look_taken = fleet.look_refused = 0
-        places = fleet.limit or sum(member.places for member in fleet.members.values())
-        if share <= TROUBLE + NOISE_MARGIN * fleet.noise:
-            fleet.trouble, fleet.noise = None, min(max(fleet.noise, TROUBLE), share)
-            return
-        before = fleet.trouble or (places, rate, share)
-        fleet.trouble = limit_before, rate_before, share_before = max(before[0], places), max(before[1], rate), before[2]
-        if fleet.limit is None:
-            fleet.limit = max(1, places)
-        elif rate < FELL * rate_before and ALIKE * share_before < share < MOST_NOISE:  # nobody is served by waiting
-            fleet.limit, fleet.pace, fleet.noise, fleet.trouble = limit_before, 0.0, share, None
-        elif fleet.pace:
-            fleet.pace = max(LEAST_PACE, PACE_HALF * rate_before, fleet.pace * (1 - share))
-        elif fleet.limit is not None and fleet.limit <= len(fleet.members):  # it counts calls per second
-            fleet.pace, fleet.limit = max(LEAST_PACE, PACE_KEPT * rate_before), len(fleet.members)
-            fleet.streak = FIRST_PACE_STREAK
+        if fleet.trial is not None:
+            self._judge(fleet, share)
+        elif share < fleet.noise:
+            fleet.noise += (share - fleet.noise) * NOISE_SMOOTHING
+        elif TROUBLE + NOISE_MARGIN * fleet.noise < share < CLOSED:
+            self._try_less(fleet, share)
+
+    def _try_less(self, fleet: Fleet, share: float) -> None:
+        places = fleet.limit or max(1, sum(member.places for member in fleet.members.values()))
+        rate = _rate_of(fleet)
+        if fleet.pace:
+            fleet.pace = max(LEAST_PACE, PACE_HALF * rate, fleet.pace * (1 - share))
+        elif places == 1:  # it is not their number: it counts calls per second
+            fleet.pace, fleet.limit = max(LEAST_PACE, PACE_KEPT * rate), len(fleet.members)
+        else:
+            fleet.trial = (places, share, 1)
+            fleet.limit = max(1, int(TRIED * places))
+
+    def _judge(self, fleet: Fleet, share: float) -> None:
+        assert fleet.trial is not None
+        places, before, tries = fleet.trial
+        fleet.trial, fleet.streak, now = None, 0, fleet.limit or 1
+        if not ALIKE * before < share < MOST_NOISE:
+            fleet.limit = max(1, int(now / TRIED * HELPED))
+        elif tries < TRIES and now > 1:
+            fleet.trial, fleet.limit = (places, before, tries + 1), max(1, int(TRIED * now))
+        else:  # nobody is served by waiting
+            fleet.limit, fleet.noise = None, min(share, before)
 
     # -- raising the limit, sharing it ---------------------------------------------------------------------------------
 
     def _raise(self, fleet: Fleet, now: float) -> int:
         """Raise the limit where it is time to; returns the number of further places."""
         calm = self._age_s(fleet, "lowered", now) >= QUIET_S and self._age_s(fleet, "raised", now) >= RAISE_S
-        if not calm or fleet.limit is None or not (fleet.streak or fleet.budget >= 1):
+        if not calm or fleet.limit is None:
+            return 0
+        back = fleet.limit < BACK * fleet.high  # it had more before it took nothing for a while
+        if not (back or fleet.streak or fleet.budget >= 1):
             return 0
         if self._throttle.pressed and sum(member.places for member in fleet.members.values()) >= fleet.limit:
-            step = min(2**fleet.streak, max(1, int(MOST_RAISE * fleet.limit)))
+            if not back:
+                fleet.high = fleet.limit
+            step = max(1, fleet.limit // 2) if back else min(2**fleet.streak, max(1, int(MOST_RAISE * fleet.limit)))
             fleet.limit += step
             self._raised(fleet, step)
             return step
@@ -335,7 +379,8 @@ class Partner:
     def _raised(fleet: Fleet, places: int) -> None:
         fleet.raised += 1
         fleet.streak += 1
-        fleet.raise_left, fleet.good_pace, fleet.since_raise = places, 0.0, 0
+        fleet.raise_places, fleet.raise_refused, fleet.raise_explained = places, 0, 0
+        fleet.good_pace, fleet.since_raise = 0.0, 0
 
     def _share(self, fleet: Fleet, me: Member, raised: int, now: float) -> None:
         self._places = None

@@ -87,7 +87,9 @@ class Backoff(msgspec.Struct, frozen=True):
     """How long to leave alone an endpoint that takes nothing: doubled with every further refusal."""
 
     first_s: float = 0.5
-    most_s: float = 30.0
+    most_s: float = 5.0
+    most_asked_s: float = 30.0
+    """Where the endpoint itself says how long."""
 
     def wait_s(self, rounds: int) -> float:
         """After so many refusals in a row, jittered."""
@@ -145,6 +147,10 @@ class Throttle:
             self.places, self._proven = None, self.in_flight
         if calls is not None:
             self._ramp = float(calls)
+
+    def closed(self, now: float) -> bool:
+        """Whether the endpoint is left alone now."""
+        return self._closed_until is not None and now < self._closed_until and self.places is not None
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -246,7 +252,7 @@ class Throttle:
         if self._rounds == ROUNDS_TO_CLOSE and self.taken_now:
             self._keep(self.taken_now)
         elif self._rounds >= ROUNDS_TO_CLOSE:
-            wait_s = max(self._backoff.wait_s(self._rounds), min(retry_after_s or 0.0, self._backoff.most_s))
+            wait_s = max(self._backoff.wait_s(self._rounds), min(retry_after_s or 0.0, self._backoff.most_asked_s))
             self._close(now + wait_s)
 
     def _hold(self, ticket: Ticket, now: float) -> None:

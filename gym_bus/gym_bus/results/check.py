@@ -11,7 +11,6 @@ import msgspec
 import numpy as np
 
 from gym_bus.errors import DataError, FailureKind
-from gym_bus.messages import RolloutId
 from gym_bus.results.columns import read_inputs
 from gym_bus.results.files import JobFiles
 from gym_bus.results.lines import MOST_HISTORY, Past
@@ -88,10 +87,6 @@ class FileBook:
         place = task * self.repeats + rollout
         return place if self.standing[place] else None
 
-    def rollout(self, place: int) -> RolloutId:
-        """The rollout at a place."""
-        return RolloutId(self.job, *divmod(place, self.repeats))
-
     def name(self, place: int) -> str:
         """`task/rollout`."""
         return "/".join(map(str, divmod(place, self.repeats)))
@@ -137,7 +132,7 @@ def check_files(files: JobFiles, manifest: Manifest, findings: Findings, *, bein
     """
     book = _read_inputs(files, manifest, findings)
     book.jobs.update(manifest.merged)
-    failures = _Failures(files.failures, findings, book)
+    failures = _Failures(findings, book)
     for where, number, line in _lines(files.failures, "failures", findings, book, being_written=being_written):
         failures.take(where, number, line)
     for where, number, line in _lines(files.rollouts, "rollouts", findings, book, being_written=being_written):
@@ -242,8 +237,8 @@ def _note(book: FileBook, place: int, number: int, line: _Line) -> None:
 class _Failures:
     """The failures file, line by line."""
 
-    def __init__(self, path: Path, findings: Findings, book: FileBook) -> None:
-        self._name, self._findings, self._book = path.name, findings, book
+    def __init__(self, findings: Findings, book: FileBook) -> None:
+        self._findings, self._book = findings, book
         self._attempts: dict[int, list[int]] = {}
 
     def take(self, where: str, number: int, line: _Line) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ from gym_bus.results.extras import need
 from gym_bus.results.files import JobFiles
 from gym_bus.results.identity import manifest_of
 from gym_bus.results.lines import COMPOSED, Fields
-from gym_bus.results.reader import decode_lines
+from gym_bus.results.reader import BOM, decode_lines
 from gym_bus.results.texts import NOTHING, encodable, said, text_of, told
 
 if TYPE_CHECKING:
@@ -51,18 +52,24 @@ def load(paths: Paths, *, fields: Collection[str] | None = None, texts: bool = F
         UsageError: no rollouts there, or pandas is not installed.
         DataError: names file and line: not a result, or a rollout recorded twice.
     """
-    pandas = need("pandas", "analysis")
     given = [paths] if isinstance(paths, str | Path) else paths
-    frames = [read_frame(JobFiles.found_at(Path(path)), fields=fields, texts=texts) for path in given]
-    frame = pandas.concat(frames, ignore_index=True)
+    jobs = [(files := JobFiles.found_at(Path(path)), read_frame(files, fields=fields)) for path in given]
+    if texts:
+        jobs = [(files, with_texts(files, frame)) for files, frame in jobs]
+    return join([frame for _, frame in jobs]).drop(columns=[PLACE])
+
+
+def join(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The frames of several jobs, one after the other."""
+    frame = need("pandas", "analysis").concat(frames, ignore_index=True)
     frame[list(CATEGORIES)] = frame[list(CATEGORIES)].astype("category")  # of each job its own: joined, they are none
-    return frame.drop(columns=["line_offset"])
+    return frame
 
 
-def read_frame(files: JobFiles, *, fields: Collection[str] | None = None, texts: bool = False) -> pd.DataFrame:
+def read_frame(files: JobFiles, *, fields: Collection[str] | None = None) -> pd.DataFrame:
     """As `load`, of one job; `line_offset` says where the line begins, in the rollouts or in the failures file."""
     manifest = manifest_of(files)
-    columns = _Columns(manifest.job if manifest else files.folder.resolve().name, fields, texts=texts)
+    columns = _Columns(manifest.job if manifest else files.folder.resolve().name, fields)
     for line, head in decode_lines(files.rollouts, _scored, unended_ok=True):
         if columns.has(head):
             which = f"task {head.task}, rollout {head.rollout}"
@@ -74,6 +81,29 @@ def read_frame(files: JobFiles, *, fields: Collection[str] | None = None, texts:
             if line.number in newest and not columns.has(failed):
                 columns.add(failed, line.data, line.offset)
     return columns.frame()
+
+
+def with_texts(files: JobFiles, frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `read_frame` with `input_text` and `output_text`, read from their lines."""
+    texts = []
+    with ExitStack() as opened:
+        open_files: dict[Path, BinaryIO] = {}
+        for outcome, offset in zip(frame["outcome"], frame[PLACE].tolist(), strict=True):
+            path = files.rollouts if outcome == "scored" else files.failures
+            if path not in open_files:
+                open_files[path] = opened.enter_context(path.open("rb"))
+            open_files[path].seek(offset)
+            texts.append(_texts_of(open_files[path].readline().removeprefix(BOM)))
+    return frame.assign(
+        input_text=_typed("input_text", [told for told, _ in texts]),
+        output_text=_typed("output_text", [said for _, said in texts]),
+    )
+
+
+def _texts_of(line: bytes) -> tuple[str, str]:
+    read = _told_and_said.decode(line)
+    input_text = told(read.params.input) if read.params else ""
+    return input_text, "\n\n".join(said(read.response.output)) if read.response else ""
 
 
 class _Details(msgspec.Struct, frozen=True):
@@ -161,6 +191,7 @@ class _Failed(_Line, frozen=True, kw_only=True):
 
 _scored = msgspec.json.Decoder(_Scored)
 _failed = msgspec.json.Decoder(_Failed)
+_told_and_said = msgspec.json.Decoder(_Line)
 _fields: msgspec.json.Decoder[Fields] = msgspec.json.Decoder(Fields)
 
 
@@ -228,19 +259,19 @@ CATEGORIES = (
 )
 """Columns of few different texts."""
 TEXTS = ("failure_detail", "input_text", "output_text")
-WHOLE = ("task_index", "rollout_index", "attempt", "output_chars", "line_offset")
-NAMES = ("job", *_cells(_Scored(task=0, rollout=0, reward=0.0)), "line_offset")
+PLACE = "line_offset"
+WHOLE = ("task_index", "rollout_index", "attempt", "output_chars", PLACE)
+NAMES = ("job", *_cells(_Scored(task=0, rollout=0, reward=0.0)), PLACE)
 
 
 class _Columns:
     """The columns of one job, as lists that grow line by line."""
 
-    def __init__(self, job: str, fields: Collection[str] | None, *, texts: bool) -> None:
-        self._job, self._fields, self._texts = job, fields, texts
-        names = NAMES + (("input_text", "output_text") if texts else ())
-        self._cells: dict[str, list[Any]] = {name: [] for name in names}
-        self._components: dict[str, list[Any]] = {}
-        self._others: dict[str, list[Any]] = {}
+    def __init__(self, job: str, fields: Collection[str] | None) -> None:
+        self._job, self._fields = job, fields
+        self._cells: dict[str, list[Any]] = {name: [] for name in NAMES}
+        self._components: dict[str, list[bytes | None]] = {}
+        self._others: dict[str, list[bytes | None]] = {}
         self._seen: set[tuple[int, int]] = set()
 
     def has(self, line: _Line) -> bool:
@@ -251,11 +282,7 @@ class _Columns:
         """One more rollout; `data` is the whole line."""
         rows = len(self._seen)
         self._seen.add((line.task, line.rollout))
-        cells = {"job": self._job, **_cells(line), "line_offset": offset}
-        if self._texts:
-            cells["input_text"] = told(line.params.input) if line.params else ""
-            cells["output_text"] = "\n\n".join(said(line.response.output)) if line.response else ""
-        for name, value in cells.items():
+        for name, value in {"job": self._job, **_cells(line), PLACE: offset}.items():
             self._cells[name].append(value)
         _append(self._components, rows, line.components or {})
         _append(self._others, rows, dict(self._others_in(data)))
@@ -282,18 +309,18 @@ class _Columns:
         return frame.sort_values(["task_index", "rollout_index"], ignore_index=True)
 
 
-def _append(columns: dict[str, list[Any]], rows: int, cells: Fields) -> None:
+def _append(columns: dict[str, list[bytes | None]], rows: int, cells: Fields) -> None:
     """One more row to columns of `rows` cells each; None where the row has no such cell."""
     for name in cells:
         columns.setdefault(name, [None] * rows)
     for name, column in columns.items():
-        column.append(cells.get(name))
+        column.append(bytes(cells[name]) if name in cells else None)  # a copy: a Raw keeps its whole line
 
 
 def _typed(name: str, values: list[Any]) -> Any:
     pandas = need("pandas", "analysis")
     if name in CATEGORIES:
-        return pandas.Categorical(values)
+        return pandas.Categorical(pandas.Series(values, dtype="str"))
     if name in TEXTS:
         return pandas.Series(values, dtype="str")
     if name in WHOLE:
@@ -307,12 +334,11 @@ def _numbers(values: Sequence[Any]) -> Any:
     return np.array([value if isinstance(value, float | int) else nan for value in values], float)
 
 
-def _values(raws: Sequence[msgspec.Raw | None]) -> list[Any]:
+def _values(cells: Sequence[bytes | None]) -> list[Any]:
     """The values of a field: as they are where all are of one kind, else as JSON text."""
-    cells = [None if raw is None or bytes(raw) == b"null" else bytes(raw) for raw in raws]
-    kinds = {_kind(cell) for cell in cells if cell is not None}
+    kinds = {_kind(cell) for cell in cells if cell not in (None, b"null")}
     read = _READ[kinds.pop()] if len(kinds) == 1 else _as_json
-    return [None if cell is None else read(cell) for cell in cells]
+    return [None if cell is None or cell == b"null" else read(cell) for cell in cells]
 
 
 def _kind(cell: bytes) -> str:

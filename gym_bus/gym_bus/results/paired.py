@@ -14,6 +14,10 @@ from gym_bus.results.extras import need
 from gym_bus.results.statistics import Floats
 
 RESAMPLES = 9999
+LEAST_RESAMPLES, MOST_DRAWS = 1999, 2 * 10**7
+"""Of thousands of tasks fewer resamples do."""
+MOST_JACKKNIFED = 2000
+"""Tasks. BCa leaves out one after the other, and with more tasks corrects next to nothing."""
 ALPHA, POWER = 0.05, 0.8
 
 Method = Literal["mcnemar exact, bonett-price", "paired permutation, t", "none"]
@@ -38,7 +42,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     t_p_value: float | None = None
     """Of the paired t test, beside the permutation test."""
     bootstrap_low: float | None = None
-    """95 % interval of the difference by BCa bootstrap over tasks, beside that of t."""
+    """95 % interval of the difference by bootstrap over tasks (BCa, percentile of thousands), beside that of t."""
     bootstrap_high: float | None = None
     detectable: float | None = None
     """The smallest true difference that this number of tasks shows with a probability of 80 % at the 5 % level, given
@@ -108,7 +112,8 @@ def _real(differences: Floats, resamples: int, seed: int) -> dict[str, Any]:
     if _spread(differences) == 0.0:  # there is nothing to draw from, and t would be sure
         p_value = 1.0 if np.allclose(differences, 0.0) else _all_one_way(len(differences))
         return found | {"p_value": p_value, "low": None, "high": None}
-    batch = max(1, 2**22 // len(differences))
+    resamples = min(resamples, max(LEAST_RESAMPLES, MOST_DRAWS // len(differences)))
+    batch = max(1, 2**20 // len(differences))
     permuted = stats.permutation_test(
         (differences,),
         _mean,
@@ -126,7 +131,7 @@ def _real(differences: Floats, resamples: int, seed: int) -> dict[str, Any]:
             n_resamples=resamples,
             vectorized=True,
             batch=batch,
-            method="BCa",
+            method="BCa" if len(differences) <= MOST_JACKKNIFED else "percentile",
             rng=np.random.default_rng(seed),
         ).confidence_interval
     t = stats.ttest_1samp(differences, 0.0)

@@ -45,8 +45,10 @@ GROWTH = 1.0
 """A round is at most as large as all before it together: the more is known, the better the next is shared."""
 SURPLUS = 1.05
 """A round is planned so much larger than needed, so that it is the last more often than not."""
-LEAST_ROUND = 0.03
-"""A round is at least as large as this part of all before it; a budget that leaves less is used up."""
+LEAST_ROUND = 0.05
+LEAST_ROLLOUTS = 16
+"""A round has at least this part of all rollouts before it, and one rollout of so many tasks, or of each where they are
+fewer. A budget that leaves less is used up."""
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,11 +100,6 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
         """Half of the interval's width."""
         return (self.high - self.low) / 2
 
-    @property
-    def middle(self) -> float:
-        """The interval's middle."""
-        return (self.high + self.low) / 2
-
 
 class _Sums(NamedTuple):
     """After one round: the interval is (centre - reach, centre + unknown + reach) / mass."""
@@ -138,6 +135,7 @@ def bounds(rewards: Floats, rounds: Sequence[Round], alpha: float = ALPHA) -> Bo
 
     Args:
         rewards: in [0, 1]; shape [tasks, rollouts], the rollouts in the order of the rounds, NaN where one has none.
+            What failed counts as if it had not been ordered, so failing may have nothing to do with the reward.
         rounds: all of them, as they were planned.
         alpha: the chance that the interval ever fails.
     """
@@ -261,7 +259,7 @@ def next_round(
         return None
     spread = _seen_of(rewards[some]).spread()
     wanted = _needed(_sums(rewards, rounds, alpha)[-1], spread, target) * SURPLUS
-    least = max(1.0, LEAST_ROUND * float(done.sum()))
+    least = max(float(min(len(spread), LEAST_ROLLOUTS)), LEAST_ROUND * float(done.sum()))
     total = max(min(wanted, GROWTH * float(done.sum())), least)
     budget = most.of(len(done)) - float(done.sum())
     total = min(total, budget - 1.5 * len(spread) ** 0.5)  # three deviations: the lots may come out large

@@ -132,22 +132,21 @@ class BatchingPool:
             while True:
                 await self._work()
                 if worker is None:
-                    worker, served = await self._started(place), 0
-                    continue  # while it started, others may have done the work
-                batch = self._take()
-                done = await self._judged(worker, batch) if batch else None
-                served += len(batch)
-                if batch and done is None:
-                    self._serving -= 1
-                    self.replaced += 1
-                    lost, worker = worker, None
-                    await lost.kill()
-                elif done is not None and self._worn(served, done.rss_bytes) and self._recycling is None:
-                    self._recycling = place  # one at a time: the others go on
-                    self._serving -= 1
-                    self.recycled += 1
-                    worn, worker = worker, None
-                    await worn.close()
+                    worker, served = await self._started(place), 0  # while it starts, others may do the work
+                elif batch := self._take():
+                    served += len(batch)
+                    done = await self._judged(worker, batch)
+                    if done is None:
+                        self._serving -= 1
+                        self.replaced += 1
+                        await worker.kill()
+                        worker = None
+                    elif self._recycling is None and self._worn(served, done.rss_bytes):
+                        self._recycling = place  # one at a time: the others go on
+                        self._serving -= 1
+                        self.recycled += 1
+                        await worker.close()
+                        worker, served = await self._started(place), 0
         finally:
             if worker is not None:
                 await worker.close()

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Self
 
 from gym_bus.errors import SandboxError
+from gym_bus.registry import offered
 from gym_bus.server import die_with_parent
 from gym_bus.settings import VerifierConfig
 from gym_bus.verifiers.batching import BatchingPool, WorkerLost
@@ -21,7 +22,8 @@ CLOSE_LIMIT_S = 5.0
 _SIZE_BYTES = 8
 
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "import json, sys; sys.path[:], offers = json.loads(sys.argv[1]); "
+    "from gym_bus.registry import take_over; take_over(offers); "
     "from gym_bus.verifiers.local_pool import serve; serve(int(sys.argv[2]), sys.argv[3])"
 )
 
@@ -57,7 +59,8 @@ class _Child:
                 sys.executable,
                 "-c",
                 _BOOT,
-                json.dumps(sys.path),  # it finds what this process finds: verifiers of installed packages included
+                # It finds what this process finds: verifiers of installed packages and of folders included.
+                json.dumps([sys.path, offered()]),
                 str(theirs.fileno()),
                 sandbox_level,
                 stdin=asyncio.subprocess.DEVNULL,

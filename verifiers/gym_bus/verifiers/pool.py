@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 import gym_bus
 from gym_bus.errors import SandboxError
 from gym_bus.logs import get_logger
+from gym_bus.registry import Offers, offered, take_over
 from gym_bus.settings import RayConfig, VerifierConfig
 from gym_bus.verifiers.batching import BatchingPool, WorkerLost
 from gym_bus.verifiers.runner import VerifierRunner
@@ -39,7 +40,8 @@ PREFIX = "gymray-"
 class _Actor:
     """The actor's class; made remote when Ray is up."""
 
-    def __init__(self, sandbox_level: str) -> None:
+    def __init__(self, sandbox_level: str, offers: Offers) -> None:
+        take_over(offers)
         self._runner = VerifierRunner(sandbox_level)
 
     def pid(self) -> int:
@@ -116,7 +118,7 @@ class _Cluster:
                 max_restarts=0,  # a lost actor is replaced by the pool, which knows what was in it
                 max_concurrency=1,
             )
-        return self._class.remote(config.sandbox_level)
+        return self._class.remote(config.sandbox_level, offered())
 
     def room(self) -> str:
         """What there is for actors, and what of it is free."""
@@ -314,12 +316,14 @@ class _RayWorker:
         return worker
 
     async def _call(self, method: str, limit_s: float, *arguments: Any) -> Any:
-        import ray.exceptions
-
+        if self._connection.lost.is_set():  # another one has taken its place, which does not know the actor
+            raise WorkerLost("Ray was lost")
         try:
             answer = getattr(self._actor, method).remote(*arguments)
             return await self._connection.unless_lost(answer, limit_s)
-        except ray.exceptions.RayError as e:
+        except (TimeoutError, WorkerLost):
+            raise
+        except Exception as e:  # what Ray raises for a lost actor has no root, and some of it no class of its own
             raise WorkerLost(_in_short(e)) from None
 
     async def run(self, batch: bytes, limit_s: float) -> bytes:

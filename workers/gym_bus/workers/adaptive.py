@@ -90,7 +90,7 @@ async def run_until(
         UsageError: the folder is held by another run, or cannot be written; or rewards are not between 0 and 1.
         DataError: the folder's files are broken.
     """
-    run = _Adapting(job, config, aim, on_round)
+    run = Adapting(job, config, aim, on_round)
     await asyncio.to_thread(run.open)
     if run.is_complete and not await asyncio.to_thread(run.advance):
         return run.adapted(await run_job(run.job, config, workers=workers, on_start=on_start), cancelled=False)
@@ -113,7 +113,7 @@ async def _is_cancelled(bus: Bus, job: Job) -> bool:
     return record is not None and record.state == "cancelled"
 
 
-class _Adapting:
+class Adapting:
     """The plan of a job and its progress."""
 
     rewards: Floats

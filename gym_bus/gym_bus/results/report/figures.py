@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from gym_bus.results.extras import need
 from gym_bus.results.report.jobs import Entry
 from gym_bus.results.statistics import Estimate, Floats, pass_at_1
+from gym_bus.results.subsets import task_subsets
 
 COLOURS = ("#4c78f0", "#ef7f51", "#22a58b", "#b06fdd", "#d99a12", "#e0588a", "#6b9e3c", "#7f8ba0")
 """One per job; told apart on light and on dark ground, also by those who do not see red and green apart."""
@@ -42,10 +44,11 @@ def colour(place: int) -> str:
     return COLOURS[place % len(COLOURS)]
 
 
-def figures(entries: Sequence[Entry]) -> dict[str, Figure]:
-    """Every plot that has something to show, by name."""
+def figures(entries: Sequence[Entry], by: str | None = None) -> dict[str, Figure]:
+    """Every plot that has something to show, by name; `by` is the field that divides the tasks into subsets."""
     made = {
         "pass-curve": pass_curve(entries),
+        "subsets": subsets(entries, by) if by else None,
         "rewards": reward_histogram(entries),
         "task-rates": task_rate_histogram(entries),
         "lengths": length_histogram(entries),
@@ -58,11 +61,15 @@ def figures(entries: Sequence[Entry]) -> dict[str, Figure]:
 
 
 def _figure(traces: Sequence[Any], height: int, **layout: Any) -> Figure:
-    graph = need("plotly.graph_objects", "analysis")
     layout = {"height": height, "margin": {"l": 56, "r": 16, "t": 12, "b": 48}, "template": None, **layout}
-    figure: Figure = graph.Figure(traces, layout).to_plotly_json()
+    figure: Figure = _graph().Figure(traces, layout).to_plotly_json()
     figure["layout"].pop("template", None)
     return figure
+
+
+def _name(entry: Entry) -> str:
+    """The job's label as plotly.js shows it as it is: it takes `<a href=...>` and the like for markup."""
+    return escape(entry.label, quote=False)
 
 
 def _graph() -> Any:
@@ -71,14 +78,15 @@ def _graph() -> Any:
 
 def pass_curve(entries: Sequence[Entry]) -> Figure | None:
     """pass@k and pass^k over k, with their intervals; None where no task has two rollouts."""
-    traces = []
+    traces, drawn = [], set[int]()
     for place, entry in enumerate(entries):
         best = {int(name[5:]): e for name, e in entry.estimates.items() if name.startswith("pass@")}
         worst = {int(name[5:]): e for name, e in entry.estimates.items() if name.startswith("pass^")}
         if len(best) < 2:
             continue
-        of = f"{entry.label}: " if len(entries) > 1 else ""
+        of = f"{_name(entry)}: " if len(entries) > 1 else ""
         said = "k = %{x}: %{y:.2%}"
+        drawn |= best.keys()
         traces.append(_line(best, f"{of}pass@k", colour(place), "solid", said))
         traces.append(_line({1: best[1]} | worst, f"{of}pass^k", colour(place), "dot", said))
     if not traces:
@@ -86,7 +94,7 @@ def pass_curve(entries: Sequence[Entry]) -> Figure | None:
     return _figure(
         traces,
         340,
-        xaxis={"title": {"text": "k, rollouts drawn per task"}, "type": "log", "tickvals": [1 << n for n in range(11)]},
+        xaxis={"title": {"text": "k, rollouts drawn per task"}, "type": "log", "tickvals": sorted(drawn)},
         yaxis={"title": {"text": "share of tasks"}, "tickformat": ".0%", "rangemode": "tozero"},
     )
 
@@ -100,18 +108,60 @@ def _line(estimates: Mapping[Any, Estimate], name: str, colour: str, dash: str, 
         name=name,
         mode="lines+markers",
         line={"color": colour, "dash": dash, "width": 2},
-        error_y={
-            "type": "data",
-            "array": [0.0 if high is None else high - mean for mean, _, high, _ in known.values()],
-            "arrayminus": [0.0 if low is None else mean - low for mean, low, _, _ in known.values()],
-            "thickness": 1,
-            "width": 3,
-        },
+        error_y=_error([(mean, low, high) for mean, low, high, _ in known.values()]),
         customdata=[[low, high, number, 10.0**x] for x, (_, low, high, number) in known.items()],
         hovertemplate=said
         + "<br>95 %: %{customdata[0]:.4f} to %{customdata[1]:.4f}<br>n = %{customdata[2]:,}"
         + "<extra>%{fullData.name}</extra>",
     )
+
+
+def subsets(entries: Sequence[Entry], by: str) -> Figure | None:
+    """pass@1 of every subset of the tasks, with its interval.
+
+    Raises:
+        UsageError: no task of a job has the field.
+    """
+    traces, names = [], set[str]()
+    for place, entry in enumerate(entries):
+        of = np.array(task_subsets(entry.files, entry.table, by), object)
+        known = sorted({name for name in of if name is not None})
+        estimates = {name: pass_at_1(entry.table.of_tasks(of == name).rewards()) for name in known}
+        names |= estimates.keys()
+        traces.append(_dots(estimates, _name(entry), colour(place)))
+    return _figure(
+        traces,
+        max(240, 100 + (14 + 12 * len(traces)) * len(names)),
+        scattermode="group",
+        xaxis={"title": {"text": "pass@1"}, "tickformat": ".0%", "rangemode": "tozero"},
+        yaxis={"autorange": "reversed", "type": "category", "automargin": True},
+        showlegend=len(traces) > 1,
+    )
+
+
+def _dots(estimates: Mapping[str, Estimate], name: str, colour: str) -> Any:
+    known = {subset: (e.mean, e.low, e.high, e.tasks) for subset, e in estimates.items() if e.mean is not None}
+    return _graph().Scatter(
+        y=[escape(subset, quote=False) for subset in known],
+        x=[mean for mean, _, _, _ in known.values()],
+        name=name,
+        mode="markers",
+        marker={"color": colour, "size": 9},
+        error_x=_error([(mean, low, high) for mean, low, high, _ in known.values()]),
+        customdata=[[low, high, tasks] for _, low, high, tasks in known.values()],
+        hovertemplate="%{y}: %{x:.2%}<br>95 %: %{customdata[0]:.2%} to %{customdata[1]:.2%}"
+        "<br>%{customdata[2]:,} tasks<extra>%{fullData.name}</extra>",
+    )
+
+
+def _error(intervals: Sequence[tuple[float, float | None, float | None]]) -> dict[str, Any]:
+    return {
+        "type": "data",
+        "array": [0.0 if high is None else high - mean for mean, _, high in intervals],
+        "arrayminus": [0.0 if low is None else mean - low for mean, low, _ in intervals],
+        "thickness": 1,
+        "width": 3,
+    }
 
 
 def reward_histogram(entries: Sequence[Entry]) -> Figure | None:
@@ -146,7 +196,7 @@ def _shares(entries: Sequence[Entry], values: Sequence[Floats], what: str, of: s
             _graph().Bar(
                 x=names,
                 y=count / max(1, len(own)),
-                name=entry.label,
+                name=_name(entry),
                 marker={"color": colour(place)},
                 customdata=count,
                 hovertemplate=f"{'about ' if many else ''}%{{x}}: %{{customdata:,}} {of}, %{{y:.1%}}"
@@ -176,13 +226,13 @@ def length_histogram(entries: Sequence[Entry]) -> Figure | None:
     if len(entries) == 1:
         lengths, rewards = found[0]
         for name, chosen in _by_outcome(rewards).items():
-            traces.append(
-                _steps(middle, width, np.histogram(np.log10(lengths[chosen]), edges)[0], name, OUTCOMES[name])
-            )
+            count = np.histogram(np.log10(lengths[chosen]), edges)[0]
+            if count.any():
+                traces.append(_steps(middle, width, count, name, OUTCOMES[name]))
     else:
         for place, (entry, (lengths, _)) in enumerate(zip(entries, found, strict=True)):
             share = np.histogram(np.log10(lengths), edges)[0] / max(1, len(lengths))
-            traces.append(_outline(middle, share, entry.label, colour(place)))
+            traces.append(_outline(middle, share, _name(entry), colour(place)))
     return _figure(
         traces,
         300,
@@ -263,7 +313,7 @@ def reward_by_length(entries: Sequence[Entry]) -> Figure | None:
         x = [float(np.log10(np.median(lengths[part]))) for part in parts]
         seen += x
         means = {at: pass_at_1(rewards[part][:, None]) for at, part in zip(x, parts, strict=True)}
-        traces.append(_line(means, entry.label, colour(place), "solid", "about %{customdata[3]:,.0f}: %{y:.3f}"))
+        traces.append(_line(means, _name(entry), colour(place), "solid", "about %{customdata[3]:,.0f}: %{y:.3f}"))
     if not traces:
         return None
     return _figure(
@@ -348,7 +398,7 @@ def waterfall(entries: Sequence[Entry]) -> Figure | None:
                 x=lengths,
                 base=begin,
                 orientation="h",
-                name=entry.label,
+                name=_name(entry),
                 marker={"color": colour(place)},
                 text=[seconds(length) for length in lengths],
                 textposition="outside",
@@ -393,7 +443,7 @@ def progress(entries: Sequence[Entry]) -> Figure | None:
             _graph().Scatter(
                 x=np.round(ended[at] - ended[0], 3),
                 y=(at + 1) / entry.counts.expected,
-                name=entry.label,
+                name=_name(entry),
                 mode="lines",
                 line={"color": colour(place), "width": 2},
                 hovertemplate="%{x:,.1f} s: %{y:.1%}<extra>%{fullData.name}</extra>",

@@ -108,6 +108,16 @@ class Entry:
         total = np.bincount(self.table.row_task, self.rewards, len(count))
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
+    @property
+    def scored_means(self) -> dict[int, float]:
+        """Mean reward by task index, of the tasks that have any."""
+        means = zip(self.table.tasks.tolist(), self.task_means.tolist(), strict=True)
+        return {task: mean for task, mean in means if mean == mean}
+
+    def identity(self, task: int) -> bytes | None:
+        """What a task is; None where the files do not say."""
+        return self.identities.get(task) if self.identities else None
+
     def bounds(self) -> tuple[float, float] | None:
         """What pass@1 would be if all rollouts without a reward were wrong, and if all were right.
 

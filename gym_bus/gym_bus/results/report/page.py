@@ -48,7 +48,9 @@ class Written(msgspec.Struct, frozen=True, kw_only=True):
     """Of these, shown in full."""
 
 
-def write_report(paths: Sequence[Path], output: Path, *, transcripts: int = MOST_TRANSCRIPTS) -> Written:
+def write_report(
+    paths: Sequence[Path], output: Path, *, by: str | None = None, transcripts: int = MOST_TRANSCRIPTS
+) -> Written:
     """Write the report about the jobs in some folders or rollouts files, as one HTML page.
 
     Memory: the numbers of all rollouts, about 500 bytes each, and the texts of the transcripts.
@@ -56,17 +58,18 @@ def write_report(paths: Sequence[Path], output: Path, *, transcripts: int = MOST
     Args:
         paths: folders of jobs, or rollouts files.
         output: the page.
+        by: a field of the rows that divides the tasks into subsets, each with its own pass@1.
         transcripts: how many rollouts to show in full, at most.
 
     Raises:
-        UsageError: no rollouts there, or the page cannot be written.
+        UsageError: no rollouts there, no row has the field, or the page cannot be written.
         DataError: names file and line.
     """
     entries = read_entries(paths)
     grouped = families(entries)
     rows = [task_rows(entries, family) for family in grouped]
     shown = read_transcripts(entries, choose(entries, grouped, rows, transcripts), MOST_CHARS)
-    page = _render(entries, grouped, rows, shown).encode("utf-8", "replace")
+    page = _render(entries, grouped, rows, shown, by).encode("utf-8", "replace")
     replace_file(output, [page])
     recorded = sum(len(entry.frame) for entry in entries)
     return Written(
@@ -75,14 +78,18 @@ def write_report(paths: Sequence[Path], output: Path, *, transcripts: int = MOST
 
 
 def _render(
-    entries: Sequence[Entry], grouped: Sequence[Family], rows: Sequence[Sequence[TaskRow]], shown: Sequence[Json]
+    entries: Sequence[Entry],
+    grouped: Sequence[Family],
+    rows: Sequence[Sequence[TaskRow]],
+    shown: Sequence[Json],
+    by: str | None,
 ) -> str:
     jinja2, plotly = need("jinja2", "analysis"), need("plotly.offline", "analysis")
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters |= {"per_cent": words.per_cent}
-    plots = figures(entries)
+    plots = figures(entries, by)
     app, library = (TEMPLATES / "report.js").read_text(), plotly.get_plotlyjs()
     places = {(one["job"], one["task"], one["rollout"]): at for at, one in enumerate(shown)}
     page: str = templates.get_template("report.html").render(
@@ -108,6 +115,7 @@ def _render(
             for member, place in enumerate(family.members)
         },
         plots=plots,
+        by=by,
         style=(TEMPLATES / "report.css").read_text(),
         app=app,
         hashes=[_hash(app), _hash(library)],

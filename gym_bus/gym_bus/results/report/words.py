@@ -105,12 +105,14 @@ def _headline(entries: Sequence[Entry], place: int, first: int, on: Scale) -> di
 
 
 def _difference(first: Entry, other: Entry) -> Difference:
-    """Of the mean rewards of the tasks that both have scored."""
-    a, b = (dict(zip(e.table.tasks.tolist(), e.task_means.tolist(), strict=True)) for e in (first, other))
-    tasks = [task for task in a if a[task] == a[task] and b.get(task, np.nan) == b.get(task, np.nan)]
+    """Of the mean rewards of the tasks that both have scored, those left out whose rows differ."""
+    a, b = first.scored_means, other.scored_means
+    tasks = sorted(task for task in a.keys() & b.keys() if first.identity(task) == other.identity(task))
     single = max(first.table.task_scored.max(initial=0), other.table.task_scored.max(initial=0)) <= 1
     return paired_difference(
-        np.array([a[task] for task in tasks]), np.array([b[task] for task in tasks]), single=bool(single)
+        np.array([a[task] for task in sorted(tasks)]),
+        np.array([b[task] for task in sorted(tasks)]),
+        single=bool(single),
     )
 
 

@@ -350,7 +350,9 @@
     drawDetail() {
       this.markCurrent();
       if (this.current === null) {
-        $("detail").replaceChildren(make("p", { cls: "empty", text: "No rollout fits." }));
+        const text = this.task && !this.all.some(this.task.fits)
+          ? `No rollout of task ${this.task.index} is in this page; they are in the files.` : "No rollout fits.";
+        $("detail").replaceChildren(make("p", { cls: "empty", text }));
         return;
       }
       $("detail").replaceChildren(...this.detail(this.all[this.current]));

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from gym_bus.masking import MASK, Masking
+
+NONE = Masking({})
+
+
+@pytest.mark.parametrize(
+    "key", ["api_key", "hf_token", "mlflow_tracking_token", "password", "Authorization", "X-Api-Key", "client_secret"]
+)
+def test_what_stands_under_the_name_of_a_secret_is_masked(key: str) -> None:
+    assert NONE.shown(["models", key], "text") == MASK
+
+
+@pytest.mark.parametrize("key", ["max_output_tokens", "tokens", "return_tokens", "rollout_header", "keep_bus"])
+def test_other_keys_are_shown(key: str) -> None:
+    assert NONE.shown([key], "text") == "text"
+
+
+def test_every_header_is_masked_and_what_is_empty_is_shown() -> None:
+    assert NONE.shown(["models", "m", "headers", "X-Org"], "acme") == MASK
+    assert NONE.shown(["api_key"], "") == ""
+
+
+def test_a_variable_is_masked_wherever_its_value_appears_but_for_addresses_and_names() -> None:
+    masking = Masking({"my_license": "abcdef-1", "policy_base_url": "http://h/v1", "nested": {"other": "ghijkl"}})
+
+    assert masking.shown(["x"], "Bearer abcdef-1 ghijkl") == f"Bearer {MASK} {MASK}"
+    assert masking.shown(["base_url"], "http://h/v1") == "http://h/v1"
+
+
+def test_a_short_variable_is_masked_only_where_it_stands_alone() -> None:
+    masking = Masking({"pin": "17"})
+
+    assert masking.shown(["x"], "17") == MASK
+    assert masking.shown(["x"], "port 1717") == "port 1717"
+
+
+def test_the_password_in_an_address_is_masked_in_lists_too() -> None:
+    assert NONE.shown(["bus", "urls"], ["nats://me:pw@h:1", 3]) == [f"nats://me:{MASK}@h:1", 3]
