@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast chaos check lint types bench lock clean
+.PHONY: help setup demo test test-fast chaos check lint types bench bench-pipeline bench-sandbox lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,8 +50,13 @@ types: $(READY) ## mypy, strict
 check: lint types test ## what CI runs
 
 BENCH ?=
-bench: $(READY) ## measure rollouts per second, CPU per rollout and memory of the whole pipeline
+bench: bench-pipeline bench-sandbox ## measure the whole pipeline, then the sandbox
+
+bench-pipeline: $(READY) ## rollouts per second, CPU per rollout and memory; BENCH='--latency 2 --concurrency 1024 ...'
 	$(BIN)/gym-bus bench $(BENCH)
+
+bench-sandbox: $(READY) ## programs per second, beside a process each and beside a fork without isolation
+	$(BIN)/gym-bus sandbox bench
 
 lock: ## pin the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-lock

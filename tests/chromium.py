@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
+import os
 import shutil
 import signal
-import subprocess
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -15,7 +15,14 @@ from typing import Any
 
 from aiohttp import ClientSession, ClientWebSocketResponse
 
-LIMIT_S = 30.0
+LIMIT_S = 60.0
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0")
+
+UNTIL = """new Promise((done, fail) => {
+  const end = Date.now() + %d;
+  const look = () => (%s) ? done(true) : Date.now() > end ? fail(new Error("never true")) : setTimeout(look, 20);
+  look();
+})"""
 
 
 def find_chromium() -> str | None:
@@ -32,21 +39,21 @@ class Page:
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._session: str | None = None
         self.requests: list[str] = []
-        """Every address that was asked for; the page's own is the first."""
+        """Every address that was asked for; the page's own is the first. `data:` is none."""
         self.complaints: list[str] = []
-        """Errors and warnings on the console, uncaught exceptions, what the content security policy refused."""
+        """Errors and warnings on the console, refusals by the content security policy, uncaught exceptions, dialogs."""
 
     async def listen(self) -> None:
         """Take in what the browser says, until it hangs up."""
-        async for message in self._socket:
-            said = json.loads(message.data)
-            if "id" in said:
-                self._replies.pop(said["id"]).set_result(said)
+        async for said in self._socket:
+            told = json.loads(said.data)
+            if "id" in told:
+                self._replies.pop(told["id"]).set_result(told)
             else:
-                self._note(said["method"], said["params"])
+                self._note(told["method"], told["params"])
 
     def _note(self, method: str, params: dict[str, Any]) -> None:
-        if method == "Network.requestWillBeSent":
+        if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith("data:"):
             self.requests.append(params["request"]["url"])
         elif method == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(params["exceptionDetails"]))
@@ -63,9 +70,9 @@ class Page:
         reply = self._replies[self._sent] = asyncio.get_running_loop().create_future()
         command = {"id": self._sent, "method": method, "params": params}
         await self._socket.send_json(command | ({"sessionId": self._session} if self._session else {}))
-        said = await asyncio.wait_for(reply, LIMIT_S)
-        assert "error" not in said, (method, said)
-        return said["result"]
+        told = await asyncio.wait_for(reply, LIMIT_S)
+        assert "error" not in told, (method, told)
+        return told["result"]
 
     async def begin(self) -> None:
         """Open a tab and watch it."""
@@ -81,47 +88,37 @@ class Page:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
 
-    async def open(self, path: Path) -> None:
-        """Load a report and wait until it says that it is ready."""
-        await self.send("Page.navigate", url=path.resolve().as_uri())
+    async def open(self, url: str) -> None:
+        """Load a report and wait until it is drawn, or says that it cannot be."""
+        self.requests, self.complaints = [], []
+        await self.send("Page.navigate", url=url)
         await self.until(
-            "document.documentElement.dataset.ready === 'yes' || !document.getElementById('trouble').hidden"
+            "document.getElementById('trouble') && (document.documentElement.dataset.ready === 'yes'"
+            " || !document.getElementById('trouble').hidden)"
         )
 
     async def eval(self, expression: str) -> Any:
         """The value of a JavaScript expression; promises are awaited."""
-        result = await self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in result, result["exceptionDetails"]
-        return result["result"].get("value")
+        told = await self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in told, told["exceptionDetails"]
+        return told["result"].get("value")
 
     async def until(self, expression: str) -> None:
-        """Wait until an expression is true, frame by frame."""
-        await self.eval(
-            "new Promise((done, fail) => { const end = Date.now() + 20000; const look = () => {"
-            f" try {{ if ({expression}) return done(true); }} catch (error) {{ if (Date.now() > end) return fail(error); }}"
-            " if (Date.now() > end) return fail(new Error('never true')); setTimeout(look, 20); }; look(); })"
-        )
-
-    async def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        """A PNG of what is in the window, or of the whole page."""
-        shot = await self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(shot["data"]))
+        """Wait until an expression is true."""
+        await self.eval(UNTIL % (1000 * LIMIT_S / 2, expression))
 
 
 @asynccontextmanager
-async def browser(folder: Path) -> AsyncIterator[Page]:
-    """A browser with one tab; `folder` takes its profile."""
+async def browser(profile: Path) -> AsyncIterator[Page]:
+    """A browser with one tab; `profile` is a folder of its own."""
     path = find_chromium()
     assert path
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
-    process = subprocess.Popen(
-        [path, *flags, "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+    command = [path, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE, start_new_session=True
     )
     try:
-        address = await asyncio.wait_for(asyncio.to_thread(_address, process), LIMIT_S)
+        address = await asyncio.wait_for(_address(process), LIMIT_S)
         async with ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
             page = Page(socket)
             listening = asyncio.create_task(page.listen())
@@ -130,19 +127,13 @@ async def browser(folder: Path) -> AsyncIterator[Page]:
             listening.cancel()
     finally:
         with suppress(ProcessLookupError):
-            _kill(process)
-        process.wait(10)
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
 
 
-def _address(process: subprocess.Popen[str]) -> str:
+async def _address(process: Process) -> str:
     assert process.stderr
-    for line in process.stderr:
-        if "DevTools listening on" in line:
-            return line.split()[-1]
+    async for line in process.stderr:
+        if b"DevTools listening on" in line:
+            return line.split()[-1].decode()
     raise AssertionError("the browser ended at once")
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    import os
-
-    os.killpg(process.pid, signal.SIGKILL)

@@ -14,11 +14,16 @@ from gym_bus.results.files import JobFiles
 from gym_bus.results.lines import failed_line, scored_line
 from gym_bus.results.manifest import Manifest
 
+Rewards = Sequence[Sequence[float | FailureKind]]
 encode = msgspec.json.encode
 
 
 def answer(task: int, rollout: int) -> str:
     return f"task {task} makes {task + rollout}"
+
+
+def row_of(task: int) -> dict[str, Any]:
+    return {"question": f"what is {task}?", "expected_answer": str(task), "level": f"L{task % 2}"}
 
 
 def message(text: str) -> dict[str, Any]:
@@ -27,54 +32,64 @@ def message(text: str) -> dict[str, Any]:
 
 def write_job(
     folder: Path,
-    rewards: Sequence[Sequence[float | FailureKind]],
+    rewards: Rewards,
     *,
     said: Callable[[int, int], str] = answer,
-    fields: Callable[[int], dict[str, Any]] = lambda task: {"level": f"L{task % 2}"},
+    row: Callable[[int], dict[str, Any]] = row_of,
     model: str = "m",
-    temperature: float = 0.5,
 ) -> JobFiles:
-    """A finished job: per task, per rollout a reward, or why there is none. Rollout r of task t works t + 2r seconds."""
+    """A finished job: per task and rollout a reward, or why there is none. Its agent took task + 2 rollout seconds."""
     folder.mkdir(parents=True)
     files = JobFiles(folder)
     manifest_of(folder.name, rewards, model).save(files.manifest)
+    params = {"temperature": 0.5}
     with files.rollouts.open("wb") as scored, files.failures.open("wb") as failed, files.inputs.open("wb") as inputs:
-        sequence = 0
         for task, of_task in enumerate(rewards):
-            row = {"question": f"what is {task}?", "expected_answer": str(task), **fields(task)}
-            params = {"input": [{"role": "user", "content": f"please: what is {task}?"}], "temperature": temperature}
-            row |= {"responses_create_params": params}
+            told = {"input": [{"role": "user", "content": f"please: what is {task}?"}], **params}
+            whole = {**row(task), "responses_create_params": told}
             for rollout, reward in enumerate(of_task):
-                sequence += 1
-                inputs.write(encode(row | {"_ng_task_index": task, "_ng_rollout_index": rollout}) + b"\n")
-                common: dict[str, Any] = {
-                    "rollout": RolloutId(folder.name, task, rollout),
-                    "agent": "simple",
-                    "verifier": "math",
-                    "row": encode(row),
-                    "group_size": len(of_task),
-                    "policy": Policy(model=model, temperature=temperature),
-                    "timings": Timings(
-                        request_queue_s=1.0, agent_s=task + 2.0 * rollout, model_s=0.5, model_calls=1, verify_s=0.25
-                    ),
-                    "published_at": 1000.0 + sequence,
-                }
+                inputs.write(encode(whole | {"_ng_task_index": task, "_ng_rollout_index": rollout}) + b"\n")
+                common = _common(RolloutId(folder.name, task, rollout), encode(whole), model)
                 if isinstance(reward, FailureKind):
-                    failure = Failure(kind=reward, detail=f"it broke after {sequence} s", stage="agent")
-                    failed.write(failed_line(Failed(failure=failure, **common), sequence))
-                    continue
-                result = Scored(
-                    reward=reward,
-                    response=encode({"output": [message(said(task, rollout))]}),
-                    usage=Usage(input_tokens=5, output_tokens=10 + task, total_tokens=15 + task),
-                    extra=encode({"extracted_answer": str(task + rollout)}),
-                    **common,
-                )
-                scored.write(scored_line(result, sequence))
+                    failed.write(_failed(reward, common))
+                else:
+                    scored.write(_scored(reward, said(task, rollout), common))
     return files
 
 
-def manifest_of(job: str, rewards: Sequence[Sequence[Any]], model: str) -> Manifest:
+def _common(rollout: RolloutId, row: bytes, model: str) -> dict[str, Any]:
+    agent_s = rollout.task_index + 2.0 * rollout.rollout_index
+    return {
+        "rollout": rollout,
+        "agent": "simple",
+        "verifier": "math",
+        "row": row,
+        "policy": Policy(model=model, temperature=0.5),
+        "timings": Timings(request_queue_s=1.0, agent_s=agent_s, model_s=0.5, model_calls=1, verify_s=0.25),
+        "published_at": 1000.0 + agent_s,
+    }
+
+
+def _scored(reward: float, said: str, common: dict[str, Any]) -> bytes:
+    rollout = common["rollout"]
+    return scored_line(
+        Scored(
+            reward=reward,
+            response=encode({"output": [message(said)]}),
+            usage=Usage(input_tokens=5, output_tokens=10 + rollout.task_index, total_tokens=15 + rollout.task_index),
+            extra=encode({"extracted_answer": str(rollout.task_index + rollout.rollout_index)}),
+            **common,
+        ),
+        1,
+    )
+
+
+def _failed(kind: FailureKind, common: dict[str, Any]) -> bytes:
+    detail = f"task {common['rollout'].task_index} broke"
+    return failed_line(Failed(failure=Failure(kind=kind, detail=detail, stage="agent"), **common), 1)
+
+
+def manifest_of(job: str, rewards: Rewards, model: str) -> Manifest:
     return Manifest(
         job=job,
         created_at=0.0,

@@ -156,14 +156,20 @@ def _collect(path: Path, trail: tuple[Path, ...], layers: dict[Path, Layer]) -> 
         raise ConfigError(f"{path}: config_paths include each other: {chain}")
     if place in layers:
         return
+    layer, included = _read(path)
+    for other in included:
+        _collect(other, (*trail, place), layers)
+    layers[place] = layer
+
+
+def _read(path: Path) -> tuple[Layer, list[Path]]:
+    """A file's own layer, and the files that its `config_paths` name."""
     values = read_yaml(path)
     included = values.pop("config_paths", None) or []
-    layer = Layer(str(path), values, path)
-    if not isinstance(included, list) or not all(isinstance(p, str) for p in included):
-        raise ConfigError(f"{layer.origin('config_paths')}: key 'config_paths': expected a list of file names")
-    for i, name in enumerate(included):
-        _collect(find_file(name, path, layer.origin(f"config_paths[{i}]")), (*trail, place), layers)
-    layers[place] = layer
+    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+        raise ConfigError(f"{written_at(path, 'config_paths')}: key 'config_paths': expected a list of file names")
+    found = [find_file(name, path, written_at(path, f"config_paths[{i}]")) for i, name in enumerate(included)]
+    return Layer(str(path), values, path), found
 
 
 def find_file(name: str, beside: Path, where: str) -> Path:
@@ -317,7 +323,8 @@ def load_config(
 ) -> Config:
     """The configuration: defaults, then `base`, the files in order, `env_file` where it exists, then `key=value`.
 
-    Keys of `env_file` that are no settings are variables for `${...}` and nothing else.
+    Keys of `env_file` that are no settings are variables for `${...}` and nothing else. Its `config_paths` are read
+    where no files are given.
 
     Raises:
         ConfigError: names the key, and the file and line where it was written.
@@ -333,8 +340,8 @@ def resolve(
     base: Sequence[Layer] = (),
 ) -> Resolved:
     """As `load_config`, before keys and types are checked."""
-    env = Layer(str(env_file), read_yaml(env_file), env_file) if env_file is not None and env_file.exists() else None
-    named, given = file_layers(files), override_layers(overrides)
+    env, usual = _read(env_file) if env_file is not None and env_file.exists() else (None, [])
+    named, given = file_layers(files or usual), override_layers(overrides)
     with_policy = any("policy_base_url" in layer.values for layer in (*([env] if env else []), *named, *given))
     flat = [_flat(env, with_policy)] if env else []
     layers = [*base, *flat, *_with_flat(named, with_policy)]

@@ -58,10 +58,8 @@ class Origins(Mapping[str, str]):
             if (was := other._at.get(join(source, tail))) is not None:
                 self._at.setdefault(join(target, tail), was)
 
-    def layer(self, key: str) -> Layer | None:
-        """Who set the key last; None where nobody did."""
-        found = self._at.get(key)
-        return found[0] if found else None
+    def __contains__(self, key: object) -> bool:
+        return key in self._at
 
     def __getitem__(self, key: str) -> str:
         layer, written = self._at[key]

@@ -167,13 +167,18 @@ class AgentConfig(_Section, frozen=True):
 class RayConfig(_Section, frozen=True):
     """Ray, for the verifiers that need a pool."""
 
-    address: str | None = None
-    """Of a running cluster; null starts a small local one on demand."""
+    address: Annotated[str, Meta(pattern=r"^(auto|[^/]+:[0-9]+)$")] | None = None
+    """`host:port` of a running cluster's head, or `auto` for the cluster of this machine; null starts a small Ray of
+    the worker's own on demand. The cluster's machines need the worker's versions of Python and Ray, and what gym_bus
+    imports; gym_bus itself is sent there."""
     actors: Annotated[int, Meta(ge=0)] = 0
     """Actors per verifier worker; 0 for one per local core."""
     cpus_per_actor: Annotated[float, Meta(ge=0)] = 1.0
+    """CPUs that an actor asks the cluster for; it is placed where they are free."""
     memory_bytes_per_actor: Annotated[int, Meta(ge=0)] = 0
+    """Memory that an actor asks the cluster for; 0 asks for none."""
     object_store_bytes: Annotated[int, Meta(ge=75 * MiB)] = 80 * MiB
+    """Of the worker's own Ray; it is used for what waits between worker and actors."""
 
 
 class VerifierConfig(_Section, frozen=True):

@@ -13,7 +13,7 @@ from e2e.conftest import choices, cli
 
 __all__ = ["choices", "cli"]
 
-SHORT = {"rollouts": 240, "minutes": 0.2, "period": 0.5, "latency_s": 0.2}
+SHORT = {"rollouts": 200, "minutes": 0.15, "period": 0.4, "latency_s": 0.2}
 LONG = {"minutes": 20.0, "period": 1.0, "latency_s": 0.2}
 
 

@@ -70,7 +70,9 @@ def _whole(lines: list[str]) -> Iterator[str]:
     assert not held, f"quotes are not closed: {held}"
 
 
-WITH_COMMANDS = [page for page in PAGES if commands(page)]
+TUTORIALS = [ROOT / "docs" / "how-to" / f"{name}-benchmark.md" for name in ("native", "external")]
+"""Pages whose files and commands follow on each other: test_tutorials.py follows them."""
+WITH_COMMANDS = [page for page in PAGES if commands(page) and page not in TUTORIALS]
 
 
 @pytest.fixture(scope="module")

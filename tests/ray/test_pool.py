@@ -158,7 +158,7 @@ async def test_an_unknown_verifier_is_a_failure_and_no_reward(service: VerifierS
 async def test_checks_in_flight_when_a_process_is_killed_get_the_verdicts_that_they_should(
     service: VerifierService, kind: str
 ) -> None:
-    checks = [asyncio.create_task(run_code(service, n)) for n in range(120)]
+    checks = [asyncio.create_task(run_code(service, n)) for n in range(80)]
     for place in (0, -1):
         await asyncio.wait(checks, return_when=asyncio.FIRST_COMPLETED)
         processes(kind)[place].kill()
@@ -198,9 +198,9 @@ async def test_programs_leave_nothing_behind_in_a_worker(service: VerifierServic
         resident = sum(process.memory_info().rss for process in found)
         return len(found), len(groups), sum(process.num_fds() for process in found), resident
 
-    assert all(await asyncio.gather(*(run_code(service, n) for n in range(100))))
+    assert all(await asyncio.gather(*(run_code(service, n) for n in range(60))))
     count, groups, files, resident = held()
-    assert all(await asyncio.gather(*(run_code(service, n) for n in range(200))))
+    assert all(await asyncio.gather(*(run_code(service, n) for n in range(120))))
     now = held()
     assert now[:2] == (count, groups)
     assert now[2] < files + 10
@@ -222,14 +222,14 @@ async def test_honest_answers_are_judged_right_among_hostile_ones(service: Verif
         return (await service.verify("humaneval", options, msgspec.json.encode(rows[n % 5]), said(code))).reward == 0.0
 
     replaced = pool_of(service).replaced
-    attacks = hostile.ATTACKS[::4]
+    attacks = hostile.ATTACKS[::6]
     work = [check for n, attack in enumerate(attacks) for check in (held(n, attack), honest(n))]
     assert all(await asyncio.wait_for(asyncio.gather(*work), 100))
     assert pool_of(service).replaced == replaced
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("kind", ["raylet", "control store"])
+@pytest.mark.parametrize("kind", ["raylet", pytest.param("control store", marks=pytest.mark.slow)])
 async def test_a_ray_that_dies_is_started_again_and_the_checks_in_flight_are_redone(
     service: VerifierService, kind: str
 ) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
+from gym_bus.cli import common
 from gym_bus.cli.main import main
 
 
@@ -23,6 +24,9 @@ GymBus = Callable[..., Said]
 @pytest.fixture
 def gym_bus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> GymBus:
     """`gym-bus ARGUMENTS`: its exit code and what it said."""
+
+    # Loggers would go on printing to the stream that is captured for this test, which pytest closes.
+    monkeypatch.setattr(common, "configure_logs", lambda level: None)
 
     def run(*arguments: object) -> Said:
         monkeypatch.setattr(sys, "argv", ["gym-bus", *map(str, arguments)])

@@ -208,6 +208,11 @@ def test_a_file_of_ones_own_gives_what_a_benchmark_leaves_open(checkout: Path) -
             r"config.yaml:18: key 'datasets\[0\].type': unknown 'benchmarks': did you mean",
         ),
         ("      datasets:\n", "      datasets: []\n      other:\n", r"no agent in it has datasets"),
+        (
+            "      datasets:\n",
+            "      datasets: [quiz]\n      other:\n",
+            r"config.yaml:16: key .*expected datasets, each with",
+        ),
         ("prompts/quiz.yaml", "prompts/quizz.yaml", r"no file 'benchmarks/prompts/quizz.yaml'"),
         ("    mcqa:\n      grading", "    other: {}\n    mcqa:\n      grading", r"expected one implementation"),
     ],

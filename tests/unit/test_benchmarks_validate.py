@@ -133,6 +133,7 @@ def test_an_example_file_has_exactly_five_rows(benchmark: Benchmark, count: int)
     (report,) = checked(benchmark, figures=Figures.WRITE)
 
     assert said(report) == [f"{report.path}: {count} rows, but example data has exactly 5"]
+    assert not (benchmark.folder / "example_metrics.json").exists()
 
 
 def test_example_rollouts_are_five_too_where_there_are_any(benchmark: Benchmark) -> None:

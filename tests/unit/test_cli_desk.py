@@ -259,6 +259,13 @@ def test_data_is_checked_and_its_figures_are_written(gym_bus: GymBus, folder: Pa
     assert (report["dataset"], report["rows"], report["errors"]) == ("mine/example", 5, 0)
 
 
+def test_without_an_argument_the_examples_of_every_benchmark_are_checked(gym_bus: GymBus) -> None:
+    reports = listed(gym_bus, "dataset", "validate")
+
+    assert {"gsm8k/example", "humaneval/example"} <= {report["dataset"] for report in reports}
+    assert [report["findings"] for report in reports if report["findings"]] == []
+
+
 def test_a_file_is_checked_with_a_prompt_and_for_a_verifier(gym_bus: GymBus, folder: Path) -> None:
     (folder / "prompt.yaml").write_text("user: '{question}'\n")
     (folder / "rows.jsonl").write_text('{"question": "?", "expected_answer": 1}\n' * 2)

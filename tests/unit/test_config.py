@@ -224,6 +224,15 @@ def test_nemo_gyms_flat_keys_make_a_model_and_the_registry_wherever_they_stand(t
     assert config.registry.hf_token == "t"
 
 
+def test_env_yaml_may_name_the_files_that_are_read_when_none_are_given(tmp_path: Path) -> None:
+    env = a_file(tmp_path / "env.yaml", "config_paths: [usual.yaml]\n")
+    a_file(tmp_path / "usual.yaml", "agent: {concurrency: 5}")
+    other = a_file(tmp_path / "other.yaml", "agent: {prefetch: 6}")
+
+    assert load_config([], env_file=env).agent.concurrency == 5
+    assert load_config([other], env_file=env).agent.concurrency == 1024
+
+
 def test_a_key_alone_makes_no_model(tmp_path: Path) -> None:
     env = a_file(tmp_path / "env.yaml", "policy_api_key: k\n")
 

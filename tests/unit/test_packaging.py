@@ -54,6 +54,9 @@ def test_the_wheel_holds_every_part_with_its_data(tmp_path: Path) -> None:
         "gym_bus/verifiers/math.py",
         "gym_bus/benchmarks/gsm8k/config.yaml",
         "gym_bus/benchmarks/gsm8k/data/example.jsonl",
+        "gym_bus/benchmarks/templates/native/verifier.py.template",
+        "gym_bus/benchmarks/templates/common/.gitignore.template",
+        "gym_bus/results/report/templates/report.html",
     ):
         assert wanted in names
     assert "gym_bus/__init__.py" not in names

@@ -35,12 +35,12 @@ def test_every_rollout_is_a_row_in_order_with_its_numbers(tmp_path: Path) -> Non
     assert (failed["failure_class"], failed["failure_stage"], failed["failure_detail"]) == (
         "deadline",
         "agent",
-        "it broke after 3 s",
+        "task 1 broke",
     )
     assert (scored["model"], scored["agent"], scored["verifier"]) == ("m", "simple", "math")
     assert (scored["agent_s"], scored["verify_s"], scored["tools_s"]) == (3.0, 0.25, 0.0)
     assert (scored["input_tokens"], scored["output_tokens"], scored["output_chars"]) == (5, 11, len("task 1 makes 2"))
-    assert scored["finished_at"] == pd.Timestamp(1004, unit="s", tz="UTC")
+    assert scored["finished_at"] == pd.Timestamp(1003, unit="s", tz="UTC")
     assert (scored["question"], scored["level"], scored["extracted_answer"]) == ("what is 1?", "L1", "2")
 
 

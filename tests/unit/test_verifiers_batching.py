@@ -142,26 +142,6 @@ async def test_what_some_workers_cannot_start_for_is_done_by_those_that_have() -
     await pool.close()
 
 
-async def test_a_fault_of_the_pools_own_leaves_no_check_without_an_end() -> None:
-    worker = Worker()
-    worker.may_answer.clear()
-
-    async def start() -> Worker:
-        return worker
-
-    pool = BatchingPool(VerifierConfig(batch=4), 1, start)
-    work = asyncio.gather(*(pool.verify(CHECK, sandboxed=True) for _ in range(10)), return_exceptions=True)
-    await until(lambda: worker.batches)
-    worker.run = None  # type: ignore[assignment,method-assign]
-    worker.may_answer.set()
-    outcomes = await asyncio.wait_for(work, 10)
-    assert [type(outcome) for outcome in outcomes] == [Verdict] * 4 + [SandboxError] * 6
-    assert worker.killed
-    with pytest.raises(SandboxError, match="closed"):
-        await pool.verify(CHECK, sandboxed=True)
-    await pool.close()
-
-
 async def test_a_batch_holds_checks_of_one_kind_since_their_limits_differ() -> None:
     workers: list[Worker] = []
     pool = BatchingPool(VerifierConfig(batch=16, limit_s=10), 1, starting(workers))

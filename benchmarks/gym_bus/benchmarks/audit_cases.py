@@ -185,7 +185,9 @@ CASES = (
     Case("prompt_echoed", "the prompt given back", _echo),
     Case("options_listed", "every option of a multiple choice", _options),
     Case("answers_listed", "the answers of all tasks, the right one among them", _every_answer),
-    Case("think_closed", "the right answer inside of <think>, nothing after it", _with_gold("<think>{}</think>".format)),
+    Case(
+        "think_closed", "the right answer inside of <think>, nothing after it", _with_gold("<think>{}</think>".format)
+    ),
     Case("think_open", "the right answer in a <think> that never closes", _with_gold("<think>{}".format)),
     Case("boxed_first", "four boxes, the first one right", _boxes(0)),
     Case("boxed_middle", "four boxes, the second one right", _boxes(1)),

@@ -103,6 +103,9 @@ def translate(
         raise ConfigError(
             f"{origins.nearest(join(server_at, 'should_use_judge'))}: the verifier 'math' has no judge: set it to false"
         )
+    if not all(isinstance(dataset, dict) for dataset in agent["datasets"]):
+        at = join(agent_at, "datasets")
+        raise ConfigError(f"{origins.nearest(at)}: key {at!r}: expected datasets, each with its keys")
     root = _root(path, agent["datasets"])
     made = {
         "name": _name(path, agent["datasets"]),

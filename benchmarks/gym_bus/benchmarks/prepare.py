@@ -99,7 +99,7 @@ def prepare(
     source = _source_of(module, benchmark, dataset)
     say(f"{benchmark.spec.name}/{dataset.name}: licence {source.licence}")
     if source_dir is None:
-        published = _fetch(source, target.parent / "source", say, progress)
+        published = fetch(source, target.parent / "source", say, progress)
     else:
         published = _find(source, source_dir, benchmark.spec.name)
     rows = _write_rows(published, Converter(module.convert), target)
@@ -202,7 +202,12 @@ def _find(source: Source, folder: Path, benchmark: str) -> Path:
     raise UsageError(_mismatch(str(there[0]), digests[there[0]], source))
 
 
-def _fetch(source: Source, folder: Path, say: Callable[[str], None], progress: Progress) -> Path:
+def fetch(source: Source, folder: Path, say: Callable[[str], None], progress: Progress) -> Path:
+    """The published file in `folder`, downloaded where it is not there; an interrupted download is gone on with.
+
+    Raises:
+        UsageError: it cannot be had, or is another one than was published.
+    """
     path = folder / source.file
     if path.is_file() and _digest(path) in source.sha256:
         say(f"{path}: already fetched")

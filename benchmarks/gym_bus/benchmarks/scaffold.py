@@ -1,4 +1,4 @@
-"""A new benchmark's folder, which runs and passes its own tests as it is made; and what tests and papers it must have."""
+"""A new benchmark's folder, which runs and passes its tests as it is made; and what tests and papers it must have."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def missing_papers(benchmark: Benchmark) -> Iterator[str]:
     if not spec.description:
         yield f"{where('description')}: key 'description' is missing: one sentence, for the catalogue"
     if benchmark.root is None and "verified" not in benchmark.origins:
-        yield f"{where('verified')}: key 'verified' is missing: false, until its scores were compared with published ones"
+        yield f"{where('verified')}: key 'verified' is missing: false, until its scores were compared with others'"
     if not any(dataset.type == "example" for dataset in spec.datasets):
         yield f"{where('datasets')}: no dataset of type example: five rows, in data/example.jsonl"
     for i, dataset in enumerate(spec.datasets):

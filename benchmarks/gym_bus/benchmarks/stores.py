@@ -21,8 +21,6 @@ from gym_bus.settings import RegistryConfig
 STORAGES = {"gitlab": "gitlab", "mlflow": "gitlab", "hf": "huggingface", "huggingface": "huggingface"}
 """The registry by what a user may call it."""
 
-LATEST = "latest"
-
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
     """A data set in a registry, or one file of it."""

@@ -88,7 +88,6 @@ class HuggingFaceStore:
         """The client library's client; what it raises becomes a UsageError."""
         hub = import_client("huggingface_hub", PACKAGE)
         errors = import_client("huggingface_hub.errors", PACKAGE)
-        import_client("huggingface_hub.constants", PACKAGE).HF_HUB_DISABLE_TELEMETRY = True
         hub.get_session().timeout = self._config.limit_s  # the library itself would wait for ever
         # False: no token from the machine's own login, for the configuration says who we are.
         api = hub.HfApi(endpoint=self._config.hf_endpoint.rstrip("/"), token=self._config.hf_token or False)

@@ -249,8 +249,9 @@ def _check_metrics(report: Report, *, needed: bool, figures: Figures) -> None:
     path = metrics_path(report.path)
     conflict = conflict_path(path)
     if figures is Figures.WRITE or (figures is Figures.ADD and not path.is_file()):
-        write_metrics(path, report.metrics)
-        conflict.unlink(missing_ok=True)
+        if not report.errors:  # figures of the good rows alone would be no one's
+            write_metrics(path, report.metrics)
+            conflict.unlink(missing_ok=True)
         return
     if not path.is_file():
         if needed:

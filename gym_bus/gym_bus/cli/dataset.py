@@ -102,7 +102,7 @@ def _download_bar(name: str) -> Iterator[preparing.Progress]:
 
 
 @command.command("validate")
-@click.argument("target", metavar="BENCHMARK|FILE")
+@click.argument("targets", nargs=-1, metavar="[BENCHMARK|FILE]...")
 @mode_option
 @click.option("--prompt-config", type=click.Path(path_type=Path), help="FILE: the prompt that builds its rows' input.")
 @click.option("--verifier", metavar="NAME", help="FILE: rows must have what this verifier needs.")
@@ -112,7 +112,7 @@ def _download_bar(name: str) -> Iterator[preparing.Progress]:
 @common.config_option
 @common.json_option
 def validate(
-    target: str,
+    targets: tuple[str, ...],
     mode: str | None,
     prompt_config: Path | None,
     verifier: str | None,
@@ -122,25 +122,39 @@ def validate(
     config_files: tuple[str, ...],
     as_json: bool,
 ) -> int:
-    """Check every row of a benchmark's data, or of a FILE, and the figures that are committed beside it.
+    """Check every row of benchmarks' data, or of FILEs, and the figures that are committed beside it.
 
-    Of a benchmark, its example rows, unless --mode says otherwise. Exits with 1 where something is wrong.
+    Of a benchmark, its example rows, unless --mode says otherwise; without an argument, of every built-in and installed
+    benchmark. Exits with 1 where something is wrong.
     """
     from gym_bus.benchmarks.validate import Figures
 
     config = common.settings(config_files, ())
+    folder = data_dir or Path(config.data_dir)
     figures = Figures.WRITE if write_metrics else Figures.CHECK
-    if _is_data_file(Path(target)):
-        reports = [_validate_file(Path(target), mode, prompt_config, verifier, figures)]
-    elif prompt_config or verifier:
-        raise UsageError(f"--prompt-config and --verifier are for a FILE; {target!r} is none: a benchmark has its own")
-    else:
-        reports = _validate_benchmark(target, mode, data_dir or Path(config.data_dir), figures)
+    reports = []
+    for target in targets or _benchmarks_with_data(mode, folder):
+        if _is_data_file(Path(target)):
+            reports.append(_validate_file(Path(target), mode, prompt_config, verifier, figures))
+        elif prompt_config or verifier:
+            raise UsageError(f"--prompt-config and --verifier are for a FILE; {target!r} is none, it has its own")
+        else:
+            reports += _validate_benchmark(target, mode, folder, figures)
     if as_json:
         common.print_json([_plain(report) for report in reports])
     else:
         _print_reports(reports)
     return FAILURES if any(report.errors or (strict and report.warnings) for report in reports) else 0
+
+
+def _benchmarks_with_data(mode: str | None, data_dir: Path) -> list[str]:
+    """All built-in and installed benchmarks that have datasets of the mode's types."""
+    from gym_bus.benchmarks.spec import list_benchmarks, load_benchmark
+    from gym_bus.benchmarks.validate import Mode
+
+    types = (Mode(mode) if mode else Mode.EXAMPLE_VALIDATION).types
+    names = [info.name for info in list_benchmarks(data_dir)]
+    return [name for name in names if any(d.type in types for d in load_benchmark(name).spec.datasets)]
 
 
 def _is_data_file(path: Path) -> bool:

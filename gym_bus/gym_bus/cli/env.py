@@ -84,7 +84,7 @@ def test(benchmark: str, config_files: tuple[str, ...], as_json: bool) -> int:
 
 
 def _ranges(lines: list[int]) -> str:
-    """1-3, 7"""
+    """As `1-3, 7`."""
     found: list[list[int]] = []
     for line in lines:
         if found and line == found[-1][1] + 1:
@@ -105,7 +105,7 @@ def validate(benchmark: str, config_files: tuple[str, ...], as_json: bool) -> in
     from gym_bus.workers.plan import check_verifier, make_agent
 
     config = common.settings(config_files, ())
-    problems = []
+    problems: list[str] = []
     try:
         found = load_benchmark(benchmark)
         agent, verifier = found.spec.agent, found.spec.verifier
@@ -131,9 +131,7 @@ def _data_problems(name: str, config_files: tuple[str, ...]) -> Iterator[str]:
     config, benchmark = common.settings(config_files, ()), load_benchmark(name)
     required = tuple(VERIFIERS.load(benchmark.spec.verifier.name).required)
     try:
-        reports = validate_benchmark(
-            benchmark, Path(config.data_dir), mode=Mode.EXAMPLE_VALIDATION, required=required
-        )
+        reports = validate_benchmark(benchmark, Path(config.data_dir), mode=Mode.EXAMPLE_VALIDATION, required=required)
     except UsageError as e:
         yield str(e)
         return

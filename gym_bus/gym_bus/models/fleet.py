@@ -39,12 +39,13 @@ PACE_RAISE = 0.01
 PACE_PROOF = 3.0
 """Calls by which a raised pace must have gone beyond the one before, to be found good."""
 PACE_KEPT = 0.97
+LONG_S = 10.0
 LEAST_PACE = 1.0
 PACE_HALF = 0.5
 LEAST_PART = 4.0
 """Calls per second of one member: many that call now and then do not make an even stream."""
 FIRST_PACE_STREAK = 3
-LOOK_REFUSED, LOOK_CALLS = 12, 1000
+LOOK_REFUSED, LOOK_CALLS = 8, 400
 """The share of refusals is taken over so many of them, or so many calls."""
 LOOK_NONE = 7
 """Where less is tried, and nothing is refused: the refusals that were to be expected by now."""
@@ -106,6 +107,8 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Calls refused since."""
     raise_explained: int = 0
     """Those of them that it explains: as many of its places were too many."""
+    best_rate: float = 0.0
+    """Calls taken per second at best since there is a pace."""
     good_pace: float = 0.0
     """The pace before its last raise; 0 where there was none."""
     since_raise: int = 0
@@ -305,7 +308,8 @@ class Partner:
             return 0
         explained = min(beyond, fleet.raise_places - fleet.raise_explained)
         fleet.raise_explained += explained
-        fleet.high = max(1, (fleet.limit or 1) - explained)
+        if fleet.since_raise > explained:  # else it takes nothing at all now
+            fleet.high = max(1, (fleet.limit or 1) - explained)
         return explained
 
     def _look(self, fleet: Fleet) -> None:
@@ -317,7 +321,7 @@ class Partner:
             fleet.look_taken = fleet.look_refused = 0  # what is tried has not begun
             return
         else:
-            enough = (2 * LOOK_REFUSED if refused else LOOK_NONE) / fleet.trial[1]
+            enough = min(LOOK_CALLS, (2 * LOOK_REFUSED if refused else LOOK_NONE) / fleet.trial[1])
         if refused < LOOK_REFUSED and taken + refused < enough:
             return
         share = refused / (taken + refused)
@@ -327,16 +331,17 @@ class Partner:
         elif share < fleet.noise:
             fleet.noise += (share - fleet.noise) * NOISE_SMOOTHING
         elif TROUBLE + NOISE_MARGIN * fleet.noise < share < CLOSED:
-            self._try_less(fleet, share)
+            self._try_less(fleet, share, taken)
 
-    def _try_less(self, fleet: Fleet, share: float) -> None:
+    def _try_less(self, fleet: Fleet, share: float, taken: int) -> None:
         places = fleet.limit or max(1, sum(member.places for member in fleet.members.values()))
         rate = _rate_of(fleet)
         if fleet.pace:
-            fleet.pace = max(LEAST_PACE, PACE_HALF * rate, fleet.pace * (1 - share))
-        elif places == 1:  # it is not their number: it counts calls per second
-            fleet.pace, fleet.limit = max(LEAST_PACE, PACE_KEPT * rate), len(fleet.members)
-        else:
+            fleet.best_rate = max(fleet.best_rate, rate)
+            fleet.pace = max(LEAST_PACE, PACE_HALF * fleet.best_rate, fleet.pace * (1 - share))
+        elif places == 1 and self._throttle.quick and taken:  # it is not their number: it counts calls per second
+            fleet.pace, fleet.limit, fleet.best_rate = max(LEAST_PACE, PACE_KEPT * rate), len(fleet.members), rate
+        elif places > 1:
             fleet.trial = (places, share, 1)
             fleet.limit = max(1, int(TRIED * places))
 
@@ -370,7 +375,7 @@ class Partner:
             return step
         if fleet.pace and not self._throttle.pressed:
             share = min(PACE_RAISE * 2**fleet.streak, MOST_RAISE)
-            if fleet.since_raise >= PACE_PROOF / share:
+            if fleet.since_raise >= PACE_PROOF / share or self._age_s(fleet, "refused", now) >= LONG_S:
                 self._raised(fleet, 0)
                 fleet.good_pace, fleet.pace = fleet.pace, fleet.pace * (1 + share)
         return 0

@@ -32,6 +32,7 @@ EVEN = 0.9
 ALIKE = 0.2
 """Mean deviation, as a part of the mean, below which calls take equally long."""
 LEAST_EVEN_S = 0.1
+QUICK_S, QUICK_CALLS = 0.1, 10
 LATE_S = 0.02
 """A start that is so late is made up for: event loops are."""
 
@@ -122,6 +123,7 @@ class Throttle:
         self._closed_until: float | None = None
         self._taken_of: int | None = None
         self._next_start = float("-inf")
+        self._learned = 0
         self._mean_s = self._spread_s = self._slow_share = 0.0
 
     # -- what the fleet asks and tells ---------------------------------------------------------------------------------
@@ -140,6 +142,11 @@ class Throttle:
     def pressed(self) -> bool:
         """Whether it is for want of places that calls wait."""
         return self.places is not None and self.in_flight + len(self._resting) >= EVEN * self.places
+
+    @property
+    def quick(self) -> bool:
+        """Whether its calls are so short that one place is more than an endpoint may allow per second."""
+        return self._learned >= QUICK_CALLS and self._mean_s < QUICK_S
 
     def begin(self, calls: int | None = None) -> None:
         """There is no limit: let so many calls in, or as many as before, and more as the endpoint takes them."""
@@ -222,10 +229,10 @@ class Throttle:
             resting.popleft()
 
     def _learn(self, lasted_s: float) -> None:
-        if not self._mean_s:
-            self._mean_s = lasted_s
-        self._spread_s += (abs(lasted_s - self._mean_s) - self._spread_s) * SMOOTHING
-        self._mean_s += (lasted_s - self._mean_s) * SMOOTHING
+        self._learned += 1
+        weight = max(SMOOTHING, 1 / self._learned)
+        self._mean_s += (lasted_s - self._mean_s) * weight
+        self._spread_s += (abs(lasted_s - self._mean_s) - self._spread_s) * weight
         self._slow_share *= 1 - SMOOTHING
 
     def _take(self, ticket: Ticket) -> None:

@@ -79,7 +79,7 @@ def _parts(jobs: Sequence[JobFiles], lengths: Sequence[int], whole: Any) -> Iter
 def metrics_of(entry: Entry) -> dict[str, float]:
     """A job's numbers by name: scores as fractions with the ends of their 95 % intervals, and what they are over.
 
-    Names hold only what every tracker takes: pass@4 is `pass_at_4`, pass^4 `pass_all_4`.
+    Names hold only what every tracker takes: pass@4 is `pass_at_4`, pass^4 is `pass_all_4`.
     """
     counts = entry.counts
     metrics: dict[str, float | None] = {
@@ -91,8 +91,8 @@ def metrics_of(entry: Entry) -> dict[str, float]:
     }
     for name, estimate in entry.estimates.items():
         key = _name(name)
-        metrics |= {key: estimate.mean, f"{key}/low": estimate.low, f"{key}/high": estimate.high}
-        metrics[f"{key}/tasks"] = estimate.tasks
+        metrics |= {key: estimate.mean, f"{key}_low": estimate.low, f"{key}_high": estimate.high}
+        metrics[f"{key}_tasks"] = estimate.tasks
     metrics |= {_name(name): value for name, value in entry.votes.items()}
     scored = entry.frame[entry.frame["outcome"] == "scored"]
     metrics |= {f"mean/{name}": scored[name].mean() for name in ("reward", "input_tokens", "output_tokens", "agent_s")}

@@ -322,11 +322,11 @@ def _typed(name: str, values: list[Any]) -> Any:
     if name in CATEGORIES:
         return pandas.Categorical(pandas.Series(values, dtype="str"))
     if name in TEXTS:
-        return pandas.Series(values, dtype="str")
+        return pandas.Series(values, dtype="str").array  # without an index of its own
     if name in WHOLE:
         return np.array(values, np.int64)
     if name == "finished_at":
-        return pandas.to_datetime(_numbers(values), unit="s", utc=True)
+        return pandas.to_datetime(_numbers(values), unit="s", utc=True).as_unit("us")
     return _numbers(values)
 
 

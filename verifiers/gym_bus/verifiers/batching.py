@@ -10,8 +10,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
-import msgspec
-
 from gym_bus.errors import SandboxError
 from gym_bus.logs import get_logger
 from gym_bus.messages import Verdict
@@ -81,8 +79,6 @@ class BatchingPool:
         self.recycled = 0
         """Workers that were replaced because they had served long enough or had grown."""
         self._tasks = [asyncio.create_task(self._serve(place), name=f"pool worker {place}") for place in range(places)]
-        for task in self._tasks:
-            task.add_done_callback(self._ended)
 
     async def verify(self, check: Check, *, sandboxed: bool) -> Verdict:
         """Judge one attempt.
@@ -156,10 +152,10 @@ class BatchingPool:
         before = self._failed_starts
         try:
             worker = await asyncio.wait_for(self._start(), START_LIMIT_S)
-        except (SandboxError, WorkerLost, OSError, TimeoutError) as e:
+        except Exception as e:  # of whatever kind: a place that ended by it would leave its checks without an end
             if self._failed_starts == before:  # else another place has failed meanwhile, and has said so
                 self._failed_starts += 1
-                self._not_started(str(e) or f"no answer within {START_LIMIT_S:g} s")
+                self._not_started(str(e) or f"{type(e).__name__}, after {START_LIMIT_S:g} s at most")
             await asyncio.sleep(min(FIRST_WAIT_S * 2 ** max(0, self._failed_starts - 1), MOST_WAIT_S))
             return None
         finally:
@@ -190,14 +186,14 @@ class BatchingPool:
         except TimeoutError:
             self._timed_out(batch, limit_s)
             return None
-        except (WorkerLost, msgspec.DecodeError) as e:
+        except asyncio.CancelledError:
+            self._again(batch, "the pool was closed")
+            await worker.kill()
+            raise
+        except Exception as e:  # it died, or its answer cannot be read: whatever it is, the checks need another worker
             log.warning("pool_worker_lost", checks=len(batch), why=str(e))
             self._again(batch, f"a pool worker died under the check: {e}")
             return None
-        except BaseException as e:  # the pool closes, or this is a fault of ours: no check may be left without an end
-            self._again(batch, "the pool was closed" if self._closed else repr(e))
-            await worker.kill()
-            raise
         return done
 
     def _limit_s(self, batch: list[_Waiting]) -> float:

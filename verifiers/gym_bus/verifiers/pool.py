@@ -202,11 +202,11 @@ class _Connection:
         working, losing = asyncio.ensure_future(work), asyncio.ensure_future(self.lost.wait())
         try:
             done, _ = await asyncio.wait({working, losing}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-            if working in done:
-                return working.result()
-            if losing in done:
+            if losing in done or working.cancelled():
                 raise WorkerLost("Ray was lost")
-            raise TimeoutError
+            if not done:
+                raise TimeoutError
+            return working.result()
         finally:
             working.cancel()
             losing.cancel()
@@ -240,8 +240,8 @@ class _Ray:
     async def _connect(self) -> _Connection:
         await self._leave()
         address = self._config.address
-        host, _, port = (address or "").rpartition(":")
-        if port and not await _answers(host, int(port)):  # Ray itself would go on trying for minutes
+        host, colon, port = (address or "").rpartition(":")
+        if colon and not await _answers(host.strip("[]"), int(port)):  # Ray itself would go on trying for minutes
             raise SandboxError(f"cannot reach a Ray at {address}: nothing answers there")
         cluster = _Cluster(self._config, self._actors)
         try:
@@ -296,6 +296,8 @@ class _RayWorker:
         try:
             creating = asyncio.to_thread(connection.cluster.actor, config)
             worker = cls(connection, await connection.unless_lost(creating, ACTOR_LIMIT_S))
+        except WorkerLost:
+            raise
         except Exception as e:  # of whatever kind: this connection is of no use, as when the cluster is another one now
             connection.leave()
             raise SandboxError(f"Ray does not take an actor: {_in_short(e)}") from None
@@ -304,11 +306,10 @@ class _RayWorker:
             if connection.cluster.local:
                 worker._process = os.pidfd_open(pid)
         except TimeoutError:
-            room = await connection.unless_lost(asyncio.to_thread(connection.cluster.room), CLOSE_LIMIT_S)
             await worker.kill()
             raise SandboxError(
                 f"no actor came up within {ACTOR_LIMIT_S:g} s: one asks for {config.ray.cpus_per_actor:g} CPU and "
-                f"{config.ray.memory_bytes_per_actor:,} bytes of memory, the cluster has {room} free"
+                f"{config.ray.memory_bytes_per_actor:,} bytes of memory; free are {await _room(connection)}"
             ) from None
         except BaseException:
             await worker.kill()
@@ -371,6 +372,13 @@ async def _ends(process: int, limit_s: float) -> bool:
     return True
 
 
+async def _room(connection: _Connection) -> str:
+    try:
+        return await connection.unless_lost(asyncio.to_thread(connection.cluster.room), CLOSE_LIMIT_S)
+    except Exception:  # it is asked for the sake of a message
+        return "an unknown number"
+
+
 class RayPool(BatchingPool):
     """`BatchingPool` on Ray actors, one per core unless `ray.actors` says otherwise."""
 
@@ -379,7 +387,13 @@ class RayPool(BatchingPool):
         self._ray = _Ray(config.ray, actors)
 
         async def start() -> _RayWorker:
-            return await _RayWorker.start(await self._ray.connection(), config)
+            while True:
+                connection = await self._ray.connection()
+                try:
+                    return await _RayWorker.start(connection, config)
+                except WorkerLost:
+                    if not connection.lost.is_set():  # else not the actor's doing: once more, on a new Ray
+                        raise
 
         super().__init__(config, actors, start)
 

@@ -21,9 +21,9 @@ SCALE = ((0.0, "#d4526e"), (0.5, "#f0c05a"), (1.0, "#1f9d8a"))
 MOST_CELLS = 20_000
 """Of one heat map; of more tasks, neighbours share a cell."""
 BINS = 40
-"""Of lengths."""
-FEW = 24
-"""Different rewards up to this number get a bar each; of more, as many bins."""
+"""Of lengths, at most."""
+FEW = 12
+"""Different rewards up to this number get a bar each; more are put into bins."""
 TENTHS = 10
 STAGES = {
     "request_queue_s": "waiting for an agent",
@@ -133,7 +133,7 @@ def subsets(entries: Sequence[Entry], by: str) -> Figure | None:
         traces,
         max(240, 100 + (14 + 12 * len(traces)) * len(names)),
         scattermode="group",
-        xaxis={"title": {"text": "pass@1"}, "tickformat": ".0%", "rangemode": "tozero"},
+        xaxis={"title": {"text": "pass@1"}, "tickformat": ".0%"},
         yaxis={"autorange": "reversed", "type": "category", "automargin": True},
         showlegend=len(traces) > 1,
     )
@@ -146,6 +146,7 @@ def _dots(estimates: Mapping[str, Estimate], name: str, colour: str) -> Any:
         x=[mean for mean, _, _, _ in known.values()],
         name=name,
         mode="markers",
+        orientation="h",
         marker={"color": colour, "size": 9},
         error_x=_error([(mean, low, high) for mean, low, high, _ in known.values()]),
         customdata=[[low, high, tasks] for _, low, high, tasks in known.values()],
@@ -185,21 +186,24 @@ def _shares(entries: Sequence[Entry], values: Sequence[Floats], what: str, of: s
     if not len(everything):
         return None
     centres = np.unique(everything)
+    axis: dict[str, Any] = {"title": {"text": what}}
     if many := len(centres) > FEW:
-        edges = np.histogram_bin_edges(everything, FEW)
+        edges = np.histogram_bin_edges(everything, 20)
         centres = (edges[:-1] + edges[1:]) / 2
-    names = [f"{value:.3g}" for value in centres]
+    else:
+        names = [f"{value:.3g}" for value in centres]
+        axis |= {"type": "category", "categoryorder": "array", "categoryarray": names}
     traces = []
     for place, (entry, own) in enumerate(zip(entries, values, strict=True)):
         count = np.histogram(own, edges)[0] if many else np.array([(own == value).sum() for value in centres])
         traces.append(
             _graph().Bar(
-                x=names,
+                x=centres if many else names,
                 y=count / max(1, len(own)),
                 name=_name(entry),
                 marker={"color": colour(place)},
                 customdata=count,
-                hovertemplate=f"{'about ' if many else ''}%{{x}}: %{{customdata:,}} {of}, %{{y:.1%}}"
+                hovertemplate=f"{'about %{x:.3g}' if many else '%{x}'}: %{{customdata:,}} {of}, %{{y:.1%}}"
                 "<extra>%{fullData.name}</extra>",
             )
         )
@@ -207,8 +211,8 @@ def _shares(entries: Sequence[Entry], values: Sequence[Floats], what: str, of: s
         traces,
         300,
         barmode="group",
-        bargap=0.25,
-        xaxis={"title": {"text": what}, "type": "category", "categoryorder": "array", "categoryarray": names},
+        bargap=0.06 if many else 0.25,
+        xaxis=axis,
         yaxis={"title": {"text": f"share of {of}"}, "tickformat": ".0%"},
         showlegend=len(entries) > 1,
     )
@@ -220,7 +224,7 @@ def length_histogram(entries: Sequence[Entry]) -> Figure | None:
     everything = np.concatenate([lengths for lengths, _ in found])
     if not len(everything):
         return None
-    edges = np.linspace(*_log_range(everything), BINS + 1)
+    edges = np.linspace(*_log_range(everything), int(np.clip(len(everything) ** 0.5, 8, BINS)) + 1)
     middle, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
     traces = []
     if len(entries) == 1:
@@ -414,7 +418,7 @@ def waterfall(entries: Sequence[Entry]) -> Figure | None:
         max(300, 90 + 26 * len(STAGES) * len(traces)),
         barmode="group",
         margin={"l": 150, "r": 64, "t": 12, "b": 48},
-        xaxis={"title": {"text": "seconds since the request, mean over the scored rollouts"}, "rangemode": "tozero"},
+        xaxis={"title": {"text": "mean seconds since the request"}, "rangemode": "tozero"},
         yaxis={"autorange": "reversed"},
         showlegend=len(traces) > 1,
     )
@@ -435,14 +439,15 @@ def progress(entries: Sequence[Entry]) -> Figure | None:
     """Share of the expected rollouts that were recorded, over time; None where the files do not say when."""
     traces = []
     for place, entry in enumerate(entries):
-        ended = np.sort(entry.frame["finished_at"].dropna().astype("int64").to_numpy()) / 1e9
-        if len(ended) < 2:
+        times = entry.frame["finished_at"].dropna()
+        if len(times) < 2:
             continue
+        ended = np.sort((times - times.min()).dt.total_seconds().to_numpy(float))
         at = np.unique(np.linspace(0, len(ended) - 1, min(len(ended), 400)).astype(int))
         traces.append(
             _graph().Scatter(
-                x=np.round(ended[at] - ended[0], 3),
-                y=(at + 1) / entry.counts.expected,
+                x=np.round(ended[at], 3).tolist(),
+                y=((at + 1) / entry.counts.expected).tolist(),
                 name=_name(entry),
                 mode="lines",
                 line={"color": colour(place), "width": 2},

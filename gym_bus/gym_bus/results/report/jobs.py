@@ -185,11 +185,11 @@ def _entries(files: JobFiles, label: str) -> Iterator[Entry]:
     told = task_identities(files, table)
     rows = None if told is None else dict(zip(table.tasks.tolist(), (one.row for one in told), strict=True))
     agents = [name for at, name in enumerate(table.agents) if (table.agent == at).any()]
-    for name in agents:
-        own = table if len(agents) == 1 else table.of_agent(name)
+    for name in agents or [""]:
+        own = table.of_agent(name) if len(agents) > 1 else table
         recorded = np.isin(_joint(frame["task_index"], frame["rollout_index"]), _joint(own.task, own.rollout))
         yield Entry(
-            label=label if len(agents) == 1 else f"{label}: {name}",
+            label=f"{label}: {name}" if len(agents) > 1 else label,
             files=files,
             manifest=manifest,
             table=own,

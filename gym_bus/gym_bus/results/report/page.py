@@ -9,6 +9,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,13 @@ def _render(
     shown: Sequence[Json],
     by: str | None,
 ) -> str:
-    jinja2, plotly = need("jinja2", "analysis"), need("plotly.offline", "analysis")
+    jinja2 = need("jinja2", "analysis")
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters |= {"per_cent": words.per_cent}
     plots = figures(entries, by)
-    app, library = (TEMPLATES / "report.js").read_text(), plotly.get_plotlyjs()
+    app, (library, library_hash) = (TEMPLATES / "report.js").read_text(), _library()
     places = {(one["job"], one["task"], one["rollout"]): at for at, one in enumerate(shown)}
     page: str = templates.get_template("report.html").render(
         title=words.title(entries),
@@ -118,8 +119,8 @@ def _render(
         by=by,
         style=(TEMPLATES / "report.css").read_text(),
         app=app,
-        hashes=[_hash(app), _hash(library)],
-        library=_packed(library),
+        hashes=[_hash(app), library_hash],
+        library=library,
         data=_packed(json.dumps(_data(entries, grouped, rows, shown, plots), separators=(",", ":"))),
     )
     return page
@@ -192,6 +193,13 @@ def _tasks(entries: Sequence[Entry], family: Family, rows: Sequence[TaskRow], mo
             for row in taken
         ],
     }
+
+
+@cache
+def _library() -> tuple[str, str]:
+    """The plotting library, packed, and its hash."""
+    script = need("plotly.offline", "analysis").get_plotlyjs()
+    return _packed(script), _hash(script)
 
 
 def _packed(text: str) -> str:

@@ -123,43 +123,49 @@ def _components(entry: Entry) -> dict[str, float]:
 
 
 def notes(entries: Sequence[Entry], families: Sequence[Family]) -> list[str]:
-    """What a reader must know before quoting a number."""
-    said = [note for entry in entries for note in _notes(entry, len(entries) > 1)]
+    """What a reader must know before quoting a number; what holds for all jobs is said once."""
+    said: dict[str, list[str]] = {}
+    for entry in entries:
+        for note in _notes(entry):
+            said.setdefault(note, []).append(entry.label)
+    told = [note if len(of) == len(entries) else f"{', '.join(of)}: {note}" for note, of in said.items()]
     if len(families) > 1:
-        groups = "; ".join(", ".join(entries[place].label for place in family.members) for family in families)
-        said.append(f"These jobs do not all run the same tasks, or do not say which. Compare only within: {groups}.")
-    said += [
-        f"{family.strangers:,} tasks of {', '.join(entries[place].label for place in family.members)} have equal "
-        "numbers and different rows: the data set has changed in between."
+        groups = "; ".join(_labels(entries, family) for family in families)
+        told.append(f"These jobs do not all run the same tasks, or do not say which. Compare only within: {groups}.")
+    return told + [
+        f"{family.strangers:,} tasks of {_labels(entries, family)} have equal numbers and different rows: the data set "
+        "has changed in between."
         for family in families
         if family.strangers
     ]
-    return said
 
 
-def _notes(entry: Entry, several: bool) -> Iterator[str]:
-    of = f"{entry.label}: " if several else ""
+def _labels(entries: Sequence[Entry], family: Family) -> str:
+    return ", ".join(entries[place].label for place in family.members)
+
+
+def _notes(entry: Entry) -> Iterator[str]:
     counts = entry.counts
     if not counts.scored:
-        yield f"{of}none of the {counts.expected:,} rollouts has a reward, so there is no score."
+        yield f"None of the {counts.expected:,} rollouts has a reward, so there is no score."
         return
     if missing := counts.expected - counts.scored:
-        text = f"{of}{missing:,} of {counts.expected:,} rollouts have no reward; all scores are over the others."
+        text = f"{missing:,} of {counts.expected:,} rollouts have no reward; all scores are over the others."
         if bounds := entry.bounds():
             low, high = map(per_cent, bounds)
             text += f" If they were all wrong, pass@1 would be {low}; if all right, {high}."
         yield text
-    elif not entry.table.has_inputs and entry.manifest is None:
-        yield f"{of}the files do not say how many rollouts were expected, only which were recorded."
-    top = list(entry.estimates.values())[-1] if entry.estimates else None
-    if top and top.skipped:
+    if not entry.table.has_inputs and entry.manifest is None:
+        yield "The files do not say how many rollouts were expected, only which were recorded."
+    top = list(entry.estimates.values())[-1]
+    if top.skipped:
         k = entry.table.rewards().shape[1]
-        yield f"{of}pass@{k} and pass^{k} leave out {top.skipped:,} tasks with fewer than {k} rewards."
+        yield f"pass@{k} and pass^{k} leave out {top.skipped:,} tasks with fewer than {k} rewards."
     cut = float(entry.frame.loc[entry.frame["outcome"] == "scored", "incomplete"].notna().mean())
     if cut >= NOTEWORTHY:
-        yield f"{of}{per_cent(cut, 1)} of the answers were cut off before their end, mostly by the limit on tokens."
+        yield f"{per_cent(cut, 1)} of the answers were cut off before their end, mostly by the limit on tokens."
     if not entry.binary:
-        yield f"{of}rewards are not only 0 and 1: pass@1 is the mean reward, and a task's colour its mean reward."
+        yield "Rewards are not only 0 and 1: pass@1 is the mean reward, and a task's colour its mean reward."
 
 
 SETUP = {

@@ -386,6 +386,7 @@
       const family = this.data.families.find((own) => own.members.includes(one.job));
       const same = this.all.map((_, at) => at).filter((at) => this.all[at].task === one.task && family.members.includes(this.all[at].job));
       if (same.length < 2) return null;
+      same.sort((a, b) => this.all[a].job - this.all[b].job || this.all[a].rollout - this.all[b].rollout);
       return make("p", { cls: "siblings" }, make("span", { cls: "muted", text: "same task:" }), ...same.slice(0, 40).map((at) => {
         const other = this.all[at];
         const name = this.data.jobs.length > 1 ? `${this.data.jobs[other.job].label} · ${other.rollout}` : String(other.rollout);
