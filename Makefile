@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast chaos check lint types bench bench-pipeline bench-sandbox lock clean
+.PHONY: help setup demo test test-slow chaos check lint types bench bench-pipeline bench-sandbox lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,12 +28,15 @@ demo: $(READY) ## run two benchmarks' example rows through the whole system, wit
 		--replay $(DEMO)/humaneval/data/example_replay.jsonl --output $(RUNS)/demo-humaneval
 
 TESTS ?= tests benchmarks
-test: $(READY) ## run all tests: real broker, real Ray, real sandbox, real HTTP
+test: $(READY) ## run the tests: real broker, real Ray, real sandbox, real HTTP
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" \
 		--cov=gym_bus.verifiers --cov=gym_bus.benchmarks --cov-report= $(TESTS)
 	$(BIN)/python -m coverage report --skip-covered --fail-under=95 \
 		--include='verifiers/*,benchmarks/*' --omit='*/tests/*'
+
+test-slow: $(READY) ## run the tests that take long: whole tutorials, the longer runs that are killed; CI does, too
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow $(TESTS)
 
 CHAOS ?= --chaos-rollouts 5000 --chaos-long
 chaos: $(READY) ## kill everything at random for minutes, and see that nothing is lost; CHAOS='--chaos-seed 7 ...'

@@ -157,10 +157,7 @@ def default_of(path: str) -> str:
     """The default of a setting, by its dotted path; raises KeyError or AttributeError where there is none."""
     value: Any = settings.Config()
     for name in path.split("."):
-        if isinstance(value, dict):
-            value = settings.ModelConfig()  # any name of `models`
-        else:
-            value = getattr(value, name)
+        value = settings.ModelConfig() if isinstance(value, dict) else getattr(value, name)  # any name of `models`
     return f"{value:g}"
 
 
@@ -181,8 +178,8 @@ def failures() -> str:
         NOTE,
         "A rollout that ends without a reward has one of these classes, in `rollouts_failures.jsonl` as",
         "`_ng_failure_class`.\n",
-        "*Repeated* is what gym_bus does by itself before the rollout counts as failed: what, the setting that says how",
-        "often (its default), and the delay in between. All tries of one model call end with its",
+        "*Repeated* is what gym_bus does by itself before the rollout counts as failed: what, the setting that says",
+        "how often (its default), and the delay in between. All tries of one model call end with its",
         "`models.NAME.retry.budget_s`, and everything ends with the rollout's `job.limit_s`.",
         "*Tried again* is what the next run of the same command does: another attempt at the rollout,",
         f"`results.max_attempts` ({default_of('results.max_attempts')}) in all, at once. Where an answer is stored, as",

@@ -195,15 +195,25 @@ class ModelUnreachable(ModelError):
     kind = FailureKind.MODEL_UNREACHABLE
 
 
-class RateLimited(ModelError):
-    """The endpoint answered 429. `retry_after_s` is its own wish, seconds, None where it gave none."""
+class Overloaded(ModelError):
+    """The endpoint said that it has too much to do: 503 or 529.
+
+    `retry_after_s` is its own wish, seconds, None where it gave none.
+    """
+
+    def __init__(self, message: str, status: int = 503, retry_after_s: float | None = None) -> None:
+        super().__init__(message, status)
+        self.args = (message, status, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimited(Overloaded):
+    """The endpoint answered 429, or takes nothing."""
 
     kind = FailureKind.RATE_LIMITED
 
     def __init__(self, message: str, status: int = 429, retry_after_s: float | None = None) -> None:
-        super().__init__(message, status)
-        self.args = (message, status, retry_after_s)
-        self.retry_after_s = retry_after_s
+        super().__init__(message, status, retry_after_s)
 
 
 class ModelTimeout(ModelError):

@@ -38,6 +38,8 @@ class Timings(msgspec.Struct, kw_only=True, omit_defaults=True):
     """From the broker's storing of the request to its start on an agent worker."""
     agent_s: float = 0.0
     """The whole run of the agent."""
+    model_queue_s: float = 0.0
+    """Waiting for a turn at the model's endpoint, and after errors for the next try; all calls added up."""
     model_s: float = 0.0
     """Waiting for the model, all calls of the rollout added up."""
     model_calls: int = 0

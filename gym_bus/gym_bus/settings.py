@@ -114,6 +114,12 @@ class SimulatedConfig(_Section, frozen=True):
     """Share of calls answered with 500."""
     hang: Share = 0.0
     """Share of calls never answered."""
+    most_in_flight: Count = 0
+    """Calls at a time, beyond which all are answered with 429; 0 for any number."""
+    most_per_s: Annotated[float, Meta(ge=0)] = 0.0
+    """Calls within a second, beyond which all are answered with 429; 0 for any number."""
+    retry_after_s: Annotated[float, Meta(ge=0)] = 1.0
+    """What a 429 asks for in `Retry-After`; 0 sends none."""
     tokens: bool = False
     """Return token ids and log-probabilities."""
 
@@ -146,6 +152,8 @@ class ModelConfig(_Section, frozen=True):
     call_limit_s: Seconds = 1800.0
     """Seconds of one HTTP call."""
     retry: RetryConfig = RetryConfig()
+    adaptive: bool = True
+    """Find out how many calls the endpoint takes at a time, all workers together, and have the others wait."""
     file: str | None = None
     """Replay only: the JSONL file of recorded answers."""
     simulated: SimulatedConfig = SimulatedConfig()

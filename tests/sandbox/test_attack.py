@@ -13,7 +13,8 @@ from gym_bus.errors import ConfigError
 from gym_bus.workers import attack as audit
 from gym_bus.workers.attack import Finding, attack
 
-BUILT_IN = ("gsm8k", "math500", "aime24", "mmlu_stem", "humaneval", "mbpp", "example_multi_step")
+# aime24 has the verifier and the form of the answers of gsm8k.
+BUILT_IN = ("gsm8k", "math500", "mmlu_stem", "humaneval", "mbpp", "example_multi_step")
 HEAD = "import random, time\nfrom gym_bus.verifiers.base import Placement, Verdict\nfrom gym_bus.verifiers.text import "
 HEAD += "output_text\nclass Judge:\n    placement, required = Placement.CPU, ()\n    def verify(self, task):\n"
 SOUND = "        return Verdict(reward=float(output_text(task.response) == 'gold ' + task.row['answer']))\n"
@@ -27,7 +28,8 @@ def _nothing_offered(monkeypatch: pytest.MonkeyPatch) -> None:
 def judged_by(folder: Path, body: str, more: str = "") -> Benchmark:
     (folder / "verifier.py").write_text(HEAD + body)
     (folder / "config.yaml").write_text(
-        "name: tried\ndomain: other\nverifier: {name: tried, code: verifier.py:Judge}\nprompt: {user: 'Say {answer}.'}\n"
+        "name: tried\ndomain: other\nverifier: {name: tried, code: verifier.py:Judge}\n"
+        "prompt: {user: 'Say {answer}.'}\n"
         f"audit: {{gold: 'gold {{answer}}'{more}}}\n"
         "datasets: [{name: example, type: example, jsonl_fpath: rows.jsonl}]\n"
     )

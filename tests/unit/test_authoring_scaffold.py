@@ -22,16 +22,23 @@ def _nothing_offered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", scaffold.KINDS)
-def test_a_new_benchmark_passes_its_own_tests_and_lacks_nothing(kind: str, tmp_path: Path) -> None:
+def test_a_new_benchmark_lacks_nothing_and_has_its_own_name_everywhere(kind: str, tmp_path: Path) -> None:
     made = scaffold.init("fresh", kind, tmp_path)
+
+    assert list(scaffold.missing_papers(made)) == []
+    text = "".join(path.read_text() for path in made.folder.rglob("*") if path.is_file())
+    assert "my_benchmark" not in text
+    assert "MyBenchmark" not in text
+
+
+def test_a_new_benchmark_passes_its_own_tests(tmp_path: Path) -> None:
+    made = scaffold.init("fresh", "multi-turn", tmp_path)  # the tutorials follow the other kinds
 
     tested = scaffold.run_tests(made.folder)
 
     assert tested.enough, tested.output
     assert tested.coverage == 100.0
-    assert list(scaffold.missing_papers(made)) == []
-    assert "my_benchmark" not in "".join(path.read_text() for path in made.folder.rglob("*") if path.is_file())
-    assert not list(made.folder.rglob("__pycache__"))
+    assert not [path for path in made.folder.rglob("__pycache__") if path.parent.name == "tests"]
 
 
 def test_lines_that_no_test_runs_are_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from gym_bus.messages import RolloutId, Usage
 from gym_bus.models.api import CallInfo, Reply
 from gym_bus.models.body import chat_body, count_tokens
 from gym_bus.models.registry import Models
-from gym_bus.models.simulated import MOST_TOKENS, RETRY_AFTER_S, VOCABULARY, SimulatedModel, sample
+from gym_bus.models.simulated import MOST_TOKENS, VOCABULARY, SimulatedModel, sample
 from gym_bus.settings import Distribution, ModelConfig, SimulatedConfig
 
 UNIFORM = Distribution(kind="uniform", mean=100, spread=50)
@@ -162,7 +162,7 @@ async def test_a_fault_is_raised_as_an_endpoints_would_be(
         await asyncio.wait_for(model(**config).respond({"input": "x"}, info(limit_s=0.01)), 5)
 
     assert (type(e.value), e.value.status, e.value.kind) == (error, status, kind)
-    assert getattr(e.value, "retry_after_s", RETRY_AFTER_S) == RETRY_AFTER_S
+    assert getattr(e.value, "retry_after_s", 1.0) == SimulatedConfig().retry_after_s
 
 
 async def test_the_drawn_latency_is_waited_for() -> None:

@@ -15,9 +15,9 @@ from jobfolder import message, row_of, write_job, write_lines
 
 from gym_bus.cli.eval import command as eval_command
 from gym_bus.errors import FailureKind, UsageError
-from gym_bus.results.report import words
+from gym_bus.results.report import times, words
 from gym_bus.results.report.choose import choose
-from gym_bus.results.report.figures import figures, heat_map
+from gym_bus.results.report.figures import heat_map, pass_curve
 from gym_bus.results.report.items import MOST_CHARS, MOST_ITEMS, clip, gist, items_of
 from gym_bus.results.report.jobs import Entry, read_entries
 from gym_bus.results.report.page import write_report
@@ -330,22 +330,30 @@ def test_many_tasks_share_the_cells_of_a_heat_map(tmp_path: Path, monkeypatch: p
     assert cells == [0.5] * 25
 
 
+def test_the_curve_of_passes_takes_any_number_of_draws(tmp_path: Path) -> None:
+    curve = pass_curve(entries_of(tmp_path, [[1.0] + [0.0] * 399, [0.0] * 400]))
+    assert curve
+    best, worst = curve["data"]
+    assert list(best["x"])[-2:] == [256, 400]
+    assert (best["y"][-1], worst["y"][-1]) == (0.5, 0.0)
+
+
 def test_labels_are_no_markup_for_the_plotting_library(tmp_path: Path) -> None:
     write_job(tmp_path / "<b>x&y", [[1.0, 0.0]])
-    plots = figures(read_entries([tmp_path / "<b>x&y"]))
+    plots = times.figures(read_entries([tmp_path / "<b>x&y"]))
     assert plots["waterfall"]["data"][0]["name"] == "&lt;b&gt;x&amp;y"
 
 
 def test_the_progress_is_in_seconds_since_the_first_result(tmp_path: Path) -> None:
     (entry,) = entries_of(tmp_path, [[1.0], [1.0], [1.0], [LOST]])
-    (trace,) = figures([entry])["progress"]["data"]
+    (trace,) = times.figures([entry])["progress"]["data"]
     assert trace["x"] == [0.0, 1.0, 2.0, 3.0]
     assert trace["y"] == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_the_waterfall_begins_each_stage_where_the_last_ended(tmp_path: Path) -> None:
     entries = entries_of(tmp_path, [[1.0, 0.0]])  # agents took 0 and 2 s, 0.5 s of it in the model
-    (trace,) = figures(entries)["waterfall"]["data"]
+    (trace,) = times.figures(entries)["waterfall"]["data"]
     assert trace["base"] == [0.0, 1.0, 1.5, 1.5, 2.25, 2.25, 2.25]
     assert list(trace["x"]) == [1.0, 0.5, 0.0, 0.75, 0.0, 0.0, 0.25]
 

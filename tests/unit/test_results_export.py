@@ -79,9 +79,11 @@ def records(file: Path) -> Iterator[bytes]:
 
 
 def test_wandb_takes_a_job_offline(job: Path, tmp_path: Path) -> None:
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
     (folder,) = export.to_wandb([job], "project", offline=True, folder=tmp_path)
+    wandb.teardown()  # its own process still writes; at the end of ours it would be waited for
 
     told: dict[str, Any] = {}
     config: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from gym_bus.messages import Policy, RolloutId, Scored
 from gym_bus.results.files import JobFiles
 from gym_bus.results.rounds import Rounds
 from gym_bus.results.sequence import Limits
-from gym_bus.workers.adaptive import Aim, Step, Adapting
+from gym_bus.workers.adaptive import Adapting, Aim, Step
 from gym_bus.workers.plan import Job
 from gym_bus.workers.publish import Order
 from gym_bus.workers.results import open_writer

@@ -69,15 +69,16 @@ class Context:
         left = self.left_s
         if left <= 0:
             raise DeadlineExceeded(f"the rollout ran past its {self._limit_s:g} s")
-        info = CallInfo(rollout=self._rollout, number=self._number, step=self._step, limit_s=left)
+        timings = self.timings
+        info = CallInfo(rollout=self._rollout, number=self._number, step=self._step, limit_s=left, timings=timings)
         self._step += 1
-        self.timings.model_calls += 1
+        timings.model_calls += 1
         activity.note(f"model call {self._step}")
-        started = time.monotonic()
+        started, queued_s = time.monotonic(), timings.model_queue_s
         try:
             reply = await self._model.respond(params, info)
         finally:
-            self.timings.model_s += time.monotonic() - started
+            timings.model_s += time.monotonic() - started - (timings.model_queue_s - queued_s)
         self.usage = add_usage(self.usage, reply.usage)
         if reply.call is not None:
             self.calls.append(reply.call)

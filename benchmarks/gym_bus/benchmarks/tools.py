@@ -1,4 +1,4 @@
-"""External tools of benchmarks, such as compilers and provers: fetched on first need, checked, into a folder of their own.
+"""External tools of benchmarks, such as compilers and provers: fetched on first need, checked, kept in one folder.
 
     LEAN = Tool(name="lean", version="4.22.0", url="https://.../lean-4.22.0-linux.tar.gz", sha256="...",
                 executable="lean-4.22.0-linux/bin/lean")

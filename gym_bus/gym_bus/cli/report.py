@@ -23,7 +23,7 @@ path_type = click.Path(path_type=Path)
 @click.option(
     "--transcripts",
     type=click.IntRange(0),
-    default=1000,
+    default=2000,
     show_default=True,
     help="Rollouts to show in full, at most; the most telling ones are chosen.",
 )

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from gym_bus.messages import Call, RolloutId, Usage
+from gym_bus.messages import Call, RolloutId, Timings, Usage
 
 
 class IncompleteDetails(msgspec.Struct, frozen=True):
@@ -35,6 +35,8 @@ class CallInfo(msgspec.Struct, frozen=True, kw_only=True):
     """0 for the first model call of the rollout, 1 for the next, ..."""
     limit_s: float = 3600.0
     """Seconds left of the whole rollout; a call never outlives it, retries included."""
+    timings: Timings = msgspec.field(default_factory=Timings)
+    """The rollout's account, to which the model adds the seconds in which it waits instead of asking."""
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):

@@ -41,6 +41,7 @@ PACE_PROOF = 3.0
 PACE_KEPT = 0.97
 LONG_S = 10.0
 LEAST_PACE = 1.0
+SPARE_PACE = 0.1
 PACE_HALF = 0.5
 LEAST_PART = 4.0
 """Calls per second of one member: many that call now and then do not make an even stream."""
@@ -129,6 +130,17 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Share of calls that is refused whatever the load."""
     turn: int = 0
 
+    def has_to_spare(self, giver: str) -> bool:
+        """Whether there is something free that another member than `giver` waits for."""
+        if self.limit is None:
+            return False
+        others = [member for name, member in self.members.items() if name != giver]
+        free = self.limit - sum(member.places for member in self.members.values())
+        pace = self.pace - sum(member.pace for member in self.members.values())
+        if free >= 1 and any(member.wants > member.places for member in others):
+            return True
+        return pace > SPARE_PACE * self.pace and any(member.wants for member in others)
+
 
 _WATCHED = ("begun", "raised", "refused", "lowered", "turn")
 
@@ -168,13 +180,14 @@ class Partner:
         self._joined = False
         self.begun = False
 
-    def settle(self, known: Fleet, waiting: int, now: float) -> Fleet:
+    def settle(self, known: Fleet, waiting: int, now: float, *, staying: bool = True) -> Fleet:
         """The record as this process would have it.
 
         Args:
             known: the record as it is stored.
             waiting: calls of this process that wait to begin.
             now: seconds, on this process's clock.
+            staying: whether it has any use for the endpoint now.
         """
         self._collect(now)
         for field in _WATCHED:
@@ -194,12 +207,19 @@ class Partner:
         self._look(fleet)
         raised = self._raise(fleet, now) if waiting and fleet.limit is not None and fleet.trial is None else 0
         self._share(fleet, me, raised, now)
+        if not staying:
+            del fleet.members[self._name]
         return fleet
 
     def stored(self, fleet: Fleet, now: float) -> None:
         """The record is what `settle` returned last: act on it."""
-        self._due, self._stored_at, self._joined = Tally(), now, True
-        throttle, me = self._throttle, fleet.members[self._name]
+        self._due, self._stored_at = Tally(), now
+        throttle, me = self._throttle, fleet.members.get(self._name)
+        self._joined = me is not None
+        if me is None:
+            if fleet.limit is not None:
+                throttle.places = 0
+            return
         throttle.pace = me.pace if fleet.pace else None
         if self._places is not None:
             throttle.places = max(0, self._places - throttle.tally.lost)
@@ -208,6 +228,14 @@ class Partner:
         elif self.begun and not throttle.tally.limited:
             throttle.begin()
         self.begun = self.begun or self._first > 0 or fleet.limit is not None
+
+    def go_alone(self) -> None:
+        """The record is out of reach: go on with what there is, but with something."""
+        if not self.begun:
+            self.begun = True
+            self._throttle.begin(RAMP_FLOOR)
+        elif self._throttle.places == 0:
+            self._throttle.places = 1
 
     def _age_s(self, fleet: Fleet, field: str, now: float) -> float:
         return self._watch.age_s(field, getattr(fleet, field), now)

@@ -19,6 +19,7 @@ from gym_bus.errors import (
     ModelError,
     ModelTimeout,
     ModelUnreachable,
+    Overloaded,
     RateLimited,
     RequestRefused,
     TaskError,
@@ -26,12 +27,20 @@ from gym_bus.errors import (
 from gym_bus.messages import Call, Usage
 from gym_bus.models.api import CallInfo, Reply, ResponseHead
 from gym_bus.models.convert import chat_request, response_object
+from gym_bus.models.gate import REFUSALS, Gate
+from gym_bus.models.throttle import End, Ticket
 from gym_bus.models.wire import WireChat, chat_decoder, response_decoder, token_item_decoder
 from gym_bus.settings import ModelConfig, RetryConfig
 
 MAX_REPLY_BYTES = 64 * 2**20
 MAX_ERROR_CHARS = 2000
 TRANSIENT_4XX = (408, 409, 425)
+OVERLOAD_WORDS = frozenset(
+    ["rate_limit_exceeded", "rate_limit_error", "too_many_requests", "overloaded_error", "server_overloaded"]
+)
+"""`type` or `code` of an error that says the same as status 429, whatever the status is."""
+HANG_UPS = 2
+"""Connections that a call may find closed before a word was said, beside its retries: servers close idle ones."""
 _CONTEXT_WORDS = (
     "context length",
     "context_length",
@@ -42,6 +51,8 @@ _CONTEXT_WORDS = (
     "max_model_len",
 )
 
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 _encode = msgspec.json.Encoder().encode
 _any = msgspec.json.Decoder()
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -50,8 +61,14 @@ _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 class OpenAIModel:
     """A named endpoint that speaks the Responses or the Chat Completions API."""
 
-    def __init__(self, name: str, config: ModelConfig, session: Callable[[], aiohttp.ClientSession]) -> None:
-        self._name, self._config, self._session = name, config, session
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        session: Callable[[], aiohttp.ClientSession],
+        gate: Gate | None = None,
+    ) -> None:
+        self._name, self._config, self._session, self._gate = name, config, session, gate
         self._chat = config.api == "chat"
         self._url = config.base_url.rstrip("/") + ("/chat/completions" if self._chat else "/responses")
         self._headers = {"Content-Type": "application/json", **config.headers}
@@ -66,26 +83,18 @@ class OpenAIModel:
             r = info.rollout
             identity = f"{r.job}/{r.task_index}/{r.rollout_index}/{info.number}"
             headers = {**headers, self._config.rollout_header: identity}
-        started = time.monotonic()
+        call = _HttpCall(body, headers, params, info)
         try:  # the first try takes the short way: retrying costs nothing until it is needed
-            return await self._once(body, headers, params, info.limit_s)
+            return await self._try(call)
         except ModelError as e:
             if not e.retryable:
                 raise
-            return await self._retry(e, body, headers, params, started, info.limit_s)
+            return await self._retry(e, call)
 
-    async def _retry(
-        self,
-        first: ModelError,
-        body: bytes,
-        headers: Mapping[str, str],
-        params: Mapping[str, Any],
-        started: float,
-        limit_s: float,
-    ) -> Reply:
-        plan = _RetryPlan(self._config.retry, first, started, limit_s)
+    async def _retry(self, first: ModelError, call: _HttpCall) -> Reply:
+        plan = _RetryPlan(self._config.retry, call)
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type(ModelError), stop=plan.stop, wait=plan.wait, sleep=asyncio.sleep, reraise=True
+            retry=retry_if_exception_type(ModelError), stop=plan.stop, wait=plan.wait, sleep=call.sleep, reraise=True
         )
         pending: ModelError | None = first
         tries = 1
@@ -95,9 +104,41 @@ class OpenAIModel:
                     error, pending = pending, None
                     raise error
                 tries += 1
-                reply = await self._once(body, headers, params, limit_s - (time.monotonic() - started))
+                reply = await self._try(call, again=True)
                 return msgspec.structs.replace(reply, tries=tries)
         raise first
+
+    async def _try(self, call: _HttpCall, *, again: bool = False) -> Reply:
+        """One request, when it is its turn."""
+        gate = self._gate
+        if gate is None:
+            return await self._once(call)
+        ticket = gate.pass_through() or await self._turn(gate, call, again)
+        end, retry_after_s = End.UNKNOWN, None
+        try:
+            reply = await self._once(call)
+            end = End.TAKEN
+        except ModelError as e:
+            end, retry_after_s = _end_of(e), getattr(e, "retry_after_s", None)
+            raise
+        finally:
+            gate.leave(ticket, end, retry_after_s)
+        return reply
+
+    async def _turn(self, gate: Gate, call: _HttpCall, again: bool) -> Ticket:
+        since = time.monotonic()
+        try:
+            return await gate.enter(call.left_s, self._config.retry.budget_s, again=again)
+        finally:
+            call.queued(time.monotonic() - since)
+
+    async def _once(self, call: _HttpCall) -> Reply:
+        for _ in range(HANG_UPS):
+            try:
+                return await self._exchange(call)
+            except _HungUp:
+                continue
+        return await self._exchange(call)
 
     def _body(self, params: Mapping[str, Any]) -> bytes:
         config = self._config
@@ -138,45 +179,60 @@ class OpenAIModel:
             del merged["metadata"]
         return side
 
-    async def _once(self, body: bytes, headers: Mapping[str, str], params: Mapping[str, Any], limit_s: float) -> Reply:
+    async def _exchange(self, call: _HttpCall) -> Reply:
         config = self._config
-        call_s = min(config.call_limit_s, limit_s)
+        call_s = min(config.call_limit_s, call.left_s)
         if call_s <= 0:
             raise ModelTimeout(f"no time left to call {self._url}")
         timeout = aiohttp.ClientTimeout(
             total=call_s, sock_connect=config.connect_limit_s, sock_read=config.read_limit_s, ceil_threshold=1e9
         )
         try:
-            async with self._session().post(self._url, data=body, headers=headers, timeout=timeout) as reply:
+            async with self._session().post(
+                self._url, data=call.body, headers=call.headers, timeout=timeout, allow_redirects=False
+            ) as reply:
                 data = await _read(reply)
                 if reply.status != 200:
-                    raise self._refusal(reply.status, data, reply.headers.get("Retry-After"))
+                    raise self._refusal(reply, data)
         except aiohttp.ConnectionTimeoutError:
             raise ModelUnreachable(f"no connection to {self._url} within {config.connect_limit_s:g} s") from None
         except (TimeoutError, aiohttp.ServerTimeoutError):
             raise ModelTimeout(f"{self._url} did not answer within {call_s:g} s") from None
+        except aiohttp.ClientSSLError as e:
+            raise ModelUnreachable(f"no TLS with {self._url}: {e.args[-1] if e.args else e}") from None
         except aiohttp.ClientConnectorError as e:
             raise ModelUnreachable(f"cannot reach {self._url}: {e.os_error.strerror or e}") from None
         except aiohttp.InvalidURL as e:
             raise RequestRefused(f"base_url is no address: {e}") from None
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as e:
-            raise ModelUnreachable(f"{self._url} closed the connection: {e}") from None
+            raise _HungUp(f"{self._url} closed the connection: {e}") from None
         except aiohttp.ClientError as e:
             raise ModelError(f"{self._url}: the reply broke off or is no HTTP: {type(e).__name__}: {e}") from None
-        return self._from_chat(data, params) if self._chat else self._from_responses(data)
+        return self._from_chat(data, call.params) if self._chat else self._from_responses(data)
 
-    def _refusal(self, status: int, data: bytes, retry_after: str | None) -> ModelError:
-        text = self._clean(_error_text(data))
+    def _refusal(self, reply: aiohttp.ClientResponse, data: bytes) -> ModelError:
+        status, text = reply.status, self._clean(_error_text(data))
         message = f"{self._url}: {text}"
         if status == 429:
-            return RateLimited(message, status, _retry_after_s(retry_after))
+            return RateLimited(message, status, _retry_after_s(reply.headers.get("Retry-After")))
+        if status in REFUSALS:
+            return Overloaded(message, status, _retry_after_s(reply.headers.get("Retry-After")))
         if status in (408, 504):
             return ModelTimeout(message, status)
+        if 300 <= status < 400:
+            to = reply.headers.get("Location", "nowhere")
+            return ModelError(f"{message}; it redirects to {to}: base_url must be the address itself", status)
         if status >= 500 or status in TRANSIENT_4XX or status < 400:
             return ModelError(message, status)
         if status in (400, 413, 422) and any(words in text.lower() for words in _CONTEXT_WORDS):
             return ContextTooLong(message, status)
         return RequestRefused(message, status)
+
+    def _error_in_200(self, error: Any, otherwise: str = "") -> ModelError:
+        message = f"{self._url}: {self._clean(_words(error) or otherwise)}"
+        if isinstance(error, Mapping) and not OVERLOAD_WORDS.isdisjoint((error.get("type"), error.get("code"))):
+            return RateLimited(message, 200)
+        return ModelError(message, 200)
 
     def _clean(self, text: str) -> str:
         """Bounded, and without the key: an endpoint may echo what it was sent."""
@@ -190,10 +246,10 @@ class OpenAIModel:
     def _from_responses(self, data: bytes) -> Reply:
         try:
             wire = response_decoder.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        except _UNREADABLE as e:
             raise self._bad(f"the reply is no Responses object ({e})", data) from None
         if wire.error is not None or wire.status == "failed":
-            raise ModelError(f"{self._url}: {self._clean(_words(wire.error) or 'status failed')}", 200)
+            raise self._error_in_200(wire.error, "status failed")
         if wire.output is None:
             raise self._bad("the reply has no output", data)
         call: Call | None = None
@@ -201,7 +257,7 @@ class OpenAIModel:
         if self._config.return_tokens:
             try:
                 data, output, call = _cut_tokens(data, output)
-            except (ValueError, OverflowError, msgspec.DecodeError) as e:
+            except (ValueError, OverflowError, RecursionError, msgspec.DecodeError) as e:
                 raise self._bad(f"its token ids do not fit their log-probabilities ({e})", data) from None
         head = ResponseHead(output=output, incomplete_details=wire.incomplete_details)
         return Reply(body=data, head=head, usage=wire.usage.plain() if wire.usage else Usage(), call=call)
@@ -209,10 +265,10 @@ class OpenAIModel:
     def _from_chat(self, data: bytes, params: Mapping[str, Any]) -> Reply:
         try:
             chat = chat_decoder.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        except _UNREADABLE as e:
             raise self._bad(f"the reply is no Chat Completions object ({e})", data) from None
         if chat.error is not None:
-            raise ModelError(f"{self._url}: {self._clean(_words(chat.error))}", 200)
+            raise self._error_in_200(chat.error)
         if not chat.choices:
             raise self._bad("the reply has no choices", data)
         body = response_object(chat, chat.choices[0], params, split_think=self._config.split_think)
@@ -232,22 +288,65 @@ class OpenAIModel:
         """The connections are the session's."""
 
 
+class _HungUp(ModelUnreachable):
+    """The endpoint closed the connection without a word."""
+
+
+class _HttpCall:
+    """One model call over all its tries."""
+
+    def __init__(self, body: bytes, headers: Mapping[str, str], params: Mapping[str, Any], info: CallInfo) -> None:
+        self.body, self.headers, self.params, self._info = body, headers, params, info
+        self.started_at = time.monotonic()
+        self.queued_s = 0.0
+        """Seconds in which it waited for its turn: they count against the rollout's time, not against its own."""
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the rollout's time is up."""
+        return self._info.limit_s - (time.monotonic() - self.started_at)
+
+    def queued(self, seconds: float) -> None:
+        """It waited for its turn."""
+        self.queued_s += seconds
+        self._info.timings.model_queue_s += seconds
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait for the next try."""
+        self._info.timings.model_queue_s += seconds
+        await asyncio.sleep(seconds)
+
+
+def _end_of(error: ModelError) -> End:
+    """What an error says of the endpoint's load."""
+    if isinstance(error, Overloaded):
+        return End.REFUSED
+    if isinstance(error, ModelTimeout):
+        return End.TIMED_OUT
+    return End.UNKNOWN if isinstance(error, ModelUnreachable) else End.TAKEN
+
+
 class _RetryPlan:
     """When to try again, by the kind of the last error."""
 
-    def __init__(self, config: RetryConfig, first: ModelError, started: float, limit_s: float) -> None:
-        self._config, self._deadline = config, started + min(config.budget_s, limit_s)
+    def __init__(self, config: RetryConfig, call: _HttpCall) -> None:
+        self._config, self._call = config, call
         self._counts: dict[str, int] = {}
 
     def _kind(self, error: BaseException) -> tuple[str, int]:
         c = self._config
-        if isinstance(error, RateLimited):
+        if isinstance(error, Overloaded):
             return "rate_limited", c.rate_limited
         if isinstance(error, ModelTimeout):
             return "timeout", c.timeout
         if isinstance(error, ModelUnreachable):
             return "unreachable", c.unreachable
         return "server_error", c.server_error
+
+    def _left_s(self) -> float:
+        call = self._call
+        spent_s = time.monotonic() - call.started_at - call.queued_s
+        return min(call.left_s, self._config.budget_s - spent_s)
 
     def stop(self, state: RetryCallState) -> bool:
         """Whether the last error ends the call. Called once per failed try."""
@@ -256,7 +355,7 @@ class _RetryPlan:
             return True
         kind, most = self._kind(error)
         self._counts[kind] = self._counts.get(kind, 0) + 1
-        return self._counts[kind] > most or time.monotonic() + self._wait_s(error, kind) >= self._deadline
+        return self._counts[kind] > most or self._wait_s(error, kind) >= self._left_s()
 
     def wait(self, state: RetryCallState) -> float:
         """Seconds until the next try."""
@@ -285,7 +384,8 @@ async def _read(reply: aiohttp.ClientResponse) -> bytes:
 
 
 async def _read_bytes(reply: aiohttp.ClientResponse) -> bytes:
-    if (reply.content_length or 0) <= MAX_REPLY_BYTES and reply.content_length is not None:
+    packed = "Content-Encoding" in reply.headers  # then its length says nothing of what comes out of it
+    if reply.content_length is not None and reply.content_length <= MAX_REPLY_BYTES and not packed:
         return await reply.read()
     chunks, size = [], 0
     async for chunk in reply.content.iter_any():
@@ -313,7 +413,7 @@ def _retry_after_s(header: str | None) -> float | None:
 def _error_text(data: bytes) -> str:
     try:
         decoded = _any.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _UNREADABLE:
         return data[: 4 * MAX_ERROR_CHARS].decode(errors="replace").strip() or "no error text"
     return _words(decoded.get("error", decoded) if isinstance(decoded, dict) else decoded)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import aiohttp
 
 from gym_bus.errors import UsageError, did_you_mean
 from gym_bus.models.api import Model
+from gym_bus.models.gate import Alone, Gate, endpoint_key
 from gym_bus.settings import ModelConfig
 
 if TYPE_CHECKING:
@@ -31,11 +32,29 @@ def _keepalive_socket(address: aiohttp.connector.AddrInfoType) -> socket.socket:
     return made
 
 
+class Gates(Protocol):
+    """Who knows how many calls each endpoint takes."""
+
+    def open(self, key: str, config: ModelConfig) -> Gate:
+        """The gate of an endpoint."""
+        ...
+
+
 class Models:
     """Everything a worker needs to talk to models."""
 
-    def __init__(self, configs: Mapping[str, ModelConfig]) -> None:
+    def __init__(self, configs: Mapping[str, ModelConfig], gates: Gates | None = None) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            configs: by name.
+            gates: shares the endpoints' limits with other processes; without it, this process is by itself.
+        """
         self._configs = dict(configs)
+        self._gates = gates or Alone()
+        self._open_gates: dict[str, Gate] = {}
+        self.on_room: Callable[[], None] = lambda: None
+        """Called where calls that waited for their turn were let in."""
         self._models: dict[str, Model] = {}
         self._clients: dict[str, AsyncOpenAI] = {}
         self._session: aiohttp.ClientSession | None = None
@@ -62,14 +81,29 @@ class Models:
             return SimulatedModel(config.simulated, name=name)
         from gym_bus.models.http import OpenAIModel
 
-        return OpenAIModel(name, config, self.session)
+        return OpenAIModel(name, config, self.session, self._gate(config))
+
+    def _gate(self, config: ModelConfig) -> Gate | None:
+        if not config.adaptive:
+            return None
+        key = endpoint_key(config)
+        if key not in self._open_gates:
+            gate = self._open_gates[key] = self._gates.open(key, config)
+            gate.on_room = lambda: self.on_room()
+        return self._open_gates[key]
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so many calls wait for their turn that further rollouts would only wait with them."""
+        return any(gate.crowded for gate in self._open_gates.values())
 
     def client(self, name: str) -> AsyncOpenAI:
         """The official client for a model, over the same connections; for code that wants one."""
         if name not in self._clients:
             from gym_bus.models.openai_client import make_openai_client
 
-            self._clients[name] = make_openai_client(name, self._config(name), self.session())
+            config = self._config(name)
+            self._clients[name] = make_openai_client(name, config, self.session(), self._gate(config))
         return self._clients[name]
 
     def session(self) -> aiohttp.ClientSession:
@@ -89,5 +123,7 @@ class Models:
         """Close models and connections."""
         for model in self._models.values():
             await model.close()
+        for gate in self._open_gates.values():
+            gate.close()
         if self._session is not None:
             await self._session.close()

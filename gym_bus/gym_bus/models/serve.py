@@ -12,13 +12,13 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from gym_bus.errors import RequestRefused
+from gym_bus.errors import ModelError, RateLimited, RequestRefused
 from gym_bus.messages import Usage
 from gym_bus.models.api import Reply
 from gym_bus.models.body import chat_body, count_tokens, error_body, response_body
 from gym_bus.models.prompts import prompt_text
 from gym_bus.models.replay import ReplayModel
-from gym_bus.models.simulated import RETRY_AFTER_S, Draw, SimulatedModel
+from gym_bus.models.simulated import SimulatedModel
 
 MAX_REQUEST_BYTES = 64 * 2**20
 HANG_LIMIT_S = 3600.0
@@ -94,12 +94,23 @@ class _Server:
         return _Identity(self._prompts.get(prompt) if self._prompts else None, 0, 1)
 
     async def _simulate(self, model: SimulatedModel, prompt: str, who: _Identity, chat: bool) -> bytes:
+        try:
+            with model.admitted():
+                return await self._drawn(model, prompt, who, chat)
+        except RateLimited as e:
+            wish = {"Retry-After": f"{e.retry_after_s:g}"} if e.retry_after_s else {}
+            raise _Refused(429, error_body(e.message, "rate_limit_error", "rate_limit_exceeded"), wish) from None
+        except ModelError as e:
+            raise _Refused(e.status, error_body(e.message, "server_error")) from None
+
+    async def _drawn(self, model: SimulatedModel, prompt: str, who: _Identity, chat: bool) -> bytes:
         draw = model.draw(self._key(who))
         if draw.fault == "hang":
             await asyncio.sleep(HANG_LIMIT_S)
         if draw.latency_s:
             await asyncio.sleep(draw.latency_s)
-        _raise_fault(draw)
+        if fault := model.fault(draw):
+            raise fault
         spent = count_tokens(prompt)
         usage = Usage(input_tokens=spent, output_tokens=draw.tokens, total_tokens=spent + draw.tokens)
         make = chat_body if chat else response_body
@@ -135,14 +146,6 @@ class _Server:
 
     async def health(self, request: web.Request) -> web.Response:
         return web.Response(body=b'{"status":"ok"}', content_type="application/json")
-
-
-def _raise_fault(draw: Draw) -> None:
-    if draw.fault == "rate_limited":
-        body = error_body("simulated: too many requests", "rate_limit_error", "rate_limit_exceeded")
-        raise _Refused(429, body, {"Retry-After": f"{RETRY_AFTER_S:g}"})
-    if draw.fault == "server_error":
-        raise _Refused(500, error_body("simulated: internal error", "server_error"))
 
 
 def _steps_before(given: Any) -> int:

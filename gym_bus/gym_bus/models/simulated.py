@@ -6,7 +6,9 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -21,7 +23,6 @@ from gym_bus.settings import Distribution, SimulatedConfig
 
 VOCABULARY = 32_000
 MOST_TOKENS = 1_000_000
-RETRY_AFTER_S = 1.0
 _WORDS = ("so", "we", "add", "and", "then", "take", "the", "next", "part", "as", "given", "to", "be", "shown", "again")
 
 _head = msgspec.json.Decoder(ResponseHead)
@@ -45,6 +46,38 @@ class SimulatedModel:
         self.name, self._config = name, config
         self._endings = (config.text,) if isinstance(config.text, str) else config.text
         self._texts: dict[tuple[int, str], str] = {}
+        self._in_flight = 0
+        self._begun: deque[float] = deque()
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """The time of one call at an endpoint that takes only so many.
+
+        Raises:
+            RateLimited: it is one too many.
+        """
+        c, now = self._config, time.monotonic()
+        if c.most_in_flight and self._in_flight >= c.most_in_flight:
+            raise self._refusal(f"{c.most_in_flight} calls are in flight")
+        if c.most_per_s and not self._counts(now):
+            raise self._refusal(f"{c.most_per_s:g} calls have begun within a second")
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+
+    def _counts(self, now: float) -> bool:
+        begun = self._begun
+        while begun and begun[0] <= now - 1:
+            begun.popleft()
+        if len(begun) >= self._config.most_per_s:
+            return False
+        begun.append(now)
+        return True
+
+    def _refusal(self, why: str) -> RateLimited:
+        return RateLimited(f"simulated: too many requests: {why}", 429, self._config.retry_after_s or None)
 
     def draw(self, key: str) -> Draw:
         """The call of this identity; the same for the same seed, in any process."""
@@ -61,6 +94,12 @@ class SimulatedModel:
             dice -= share
         latency, tokens = sample(c.latency_s, rng), _whole(sample(c.output_tokens, rng))
         return Draw(latency, tokens, fault, rng.choice(self._endings))
+
+    def fault(self, draw: Draw) -> ModelError | None:
+        """The error that the call ends in, as drawn."""
+        if draw.fault == "rate_limited":
+            return self._refusal("as drawn")
+        return ModelError("simulated: internal error", 500) if draw.fault == "server_error" else None
 
     def text(self, tokens: int, ending: str) -> str:
         """An answer of so many words, `ending` included."""
@@ -79,16 +118,18 @@ class SimulatedModel:
         Raises:
             RateLimited, ModelError, ModelTimeout: as the shares say.
         """
+        with self.admitted():
+            return await self._answer(params, info)
+
+    async def _answer(self, params: Mapping[str, Any], info: CallInfo) -> Reply:
         draw = self.draw(f"{info.rollout}/{info.number}/{info.step}")
         if draw.fault == "hang" or draw.latency_s > info.limit_s:
             await asyncio.sleep(info.limit_s)
             raise ModelTimeout(f"simulated model {self.name!r} did not answer within {info.limit_s:g} s")
         if draw.latency_s:
             await asyncio.sleep(draw.latency_s)
-        if draw.fault == "rate_limited":
-            raise RateLimited("simulated: too many requests", 429, RETRY_AFTER_S)
-        if draw.fault == "server_error":
-            raise ModelError("simulated: internal error", 500)
+        if fault := self.fault(draw):
+            raise fault
         spent = count_tokens(prompt_text(params.get("input")))
         usage = Usage(input_tokens=spent, output_tokens=draw.tokens, total_tokens=spent + draw.tokens)
         name = f"{info.rollout.task_index}_{info.rollout.rollout_index}_{info.step}"

@@ -113,6 +113,8 @@ class Throttle:
         self.pace: float | None = None
         """Calls that may begin per second; None for any number."""
         self.in_flight = 0
+        self.taken_at = float("-inf")
+        """When the endpoint was last seen to take a call."""
         self.tally = Tally()
         self._ramp = float(RAMP_FLOOR)
         self._proven = 0
@@ -131,7 +133,9 @@ class Throttle:
     @property
     def dirty(self) -> bool:
         """Whether the fleet should hear of it soon."""
-        return self.tally.refused > 0 or self.tally.lost > 0 or (self.places is not None and self.in_flight > self.places)
+        return (
+            self.tally.refused > 0 or self.tally.lost > 0 or (self.places is not None and self.in_flight > self.places)
+        )
 
     @property
     def taken_now(self) -> int:
@@ -211,7 +215,7 @@ class Throttle:
         ticket.ended = True
         if end is End.TAKEN:
             self._learn(now - ticket.started_at)
-            self._take(ticket)
+            self._take(ticket, now)
         elif end is End.REFUSED:
             self._refuse(ticket, now, retry_after_s)
         elif end is End.TIMED_OUT:
@@ -224,7 +228,7 @@ class Throttle:
         while young and (young[0].ended or young[0].started_at + RIPE_S <= now):
             ticket = young.popleft()
             if not ticket.ended:
-                self._take(ticket)
+                self._take(ticket, now)
         while resting and resting[0] <= now:
             resting.popleft()
 
@@ -235,10 +239,11 @@ class Throttle:
         self._spread_s += (abs(lasted_s - self._mean_s) - self._spread_s) * weight
         self._slow_share *= 1 - SMOOTHING
 
-    def _take(self, ticket: Ticket) -> None:
+    def _take(self, ticket: Ticket, now: float) -> None:
         if ticket.counted:
             return
         ticket.counted = True
+        self.taken_at = now
         self.tally.taken += 1
         if ticket.level > self._proven:
             self._proven = ticket.level
@@ -249,7 +254,8 @@ class Throttle:
 
     def _refuse(self, ticket: Ticket, now: float, retry_after_s: float | None) -> None:
         self.tally.refused += 1
-        self._resting.append(now + min(max(self._mean_s or MOST_REST_S, LEAST_REST_S), MOST_REST_S))
+        most_s = min(MOST_REST_S, self._backoff.first_s)
+        self._resting.append(now + min(max(self._mean_s or most_s, LEAST_REST_S), most_s))
         frontier = self.places is None and (ticket.level > self._proven or self._taken_of is not None)
         self.tally.odd += not frontier
         if ticket.started_at > self._refused_at + RIPE_S * (self._rounds > 0):

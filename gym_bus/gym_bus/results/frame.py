@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
-from math import nan
+from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -223,7 +223,7 @@ def _cells(line: _Scored | _Failed) -> dict[str, Any]:
 def _outcome(line: _Scored | _Failed) -> dict[str, Any]:
     if isinstance(line, _Scored):
         empty = {"failure_class": None, "failure_stage": None, "failure_detail": None}
-        return {"outcome": "scored", "reward": line.reward, **empty}
+        return {"outcome": "scored", "reward": line.reward if isfinite(line.reward) else nan, **empty}
     return {
         "outcome": "failed",
         "reward": nan,

@@ -166,7 +166,7 @@ def detectable_difference(differences: Floats) -> float | None:
 def _detectable_effect(tasks: int) -> float:
     """In standard deviations."""
     power = need("statsmodels.stats.power", "analysis").TTestPower()
-    return float(power.solve_power(nobs=tasks, alpha=ALPHA, power=POWER))
+    return float(np.ravel(power.solve_power(nobs=tasks, alpha=ALPHA, power=POWER))[0])  # a number, or an array of one
 
 
 def adjust(p_values: Sequence[float | None]) -> list[float | None]:

@@ -59,6 +59,10 @@ class SandboxedVerifier(Protocol):
 
         sandbox_level: ClassVar[Level] = Level.NAMESPACES
 
+    One whose programs import further modules of the standard library in any case may have them imported before:
+
+        preload: ClassVar[str] = "datetime random"
+
     One whose programs together may take longer than `verifier.limit_s` says how long, by their own limits:
 
         def longest_s(self, task: Task) -> float: ...

@@ -83,6 +83,8 @@ class CodeGen:
     """Reward 1.0 when the program passes every test."""
 
     placement: ClassVar[Placement] = Placement.SANDBOXED
+    preload: ClassVar[str] = "datetime io random statistics"
+    """What else `PRELUDE` imports, which would take four times as long as the rest of a small program."""
     required: ClassVar[tuple[str, ...]] = ("verifier_metadata",)
 
     def __init__(self, **options: Any) -> None:

@@ -78,6 +78,9 @@ class _Cluster:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init("local", **common, **self._small())
             _end_helpers()
+            asked, there = self._config.memory_bytes_per_actor, ray.cluster_resources().get("memory", 0)
+            if asked > there:
+                raise RuntimeError(f"an actor asks for {asked:,} bytes of memory, and there are {there:,.0f}")
         else:
             _use_token()
             # The cluster's nodes run this very code; what it imports, Ray and msgspec above all, they must have.
@@ -304,7 +307,8 @@ class _RayWorker:
         try:
             pid = await worker._call("pid", ACTOR_LIMIT_S)
             if connection.cluster.local:
-                worker._process = os.pidfd_open(pid)
+                with contextlib.suppress(OSError):  # of kernels without it
+                    worker._process = os.pidfd_open(pid)
         except TimeoutError:
             await worker.kill()
             raise SandboxError(

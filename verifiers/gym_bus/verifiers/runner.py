@@ -116,19 +116,13 @@ def _rss_bytes() -> int:
 
 
 class VerifierRunner:
-    """Verifiers kept warm, and one sandbox slot for those that need it."""
+    """Verifiers kept warm, and a sandbox slot for those that need one."""
 
     def __init__(self, sandbox_level: str = "namespaces") -> None:
         self._level = sandbox_level
         self._verifiers: OrderedDict[tuple[str, bytes], AnyVerifier] = OrderedDict()
-        self._slot: Any = None
+        self._slots: dict[str, Any] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-
-    def warm(self, name: str, options: bytes) -> None:
-        """Import and build a verifier, and start what it needs, before the first check."""
-        verifier = self._verifier(name, options)
-        if verifier.placement is Placement.SANDBOXED:
-            self._run(self._sandbox())
 
     def batch(self, checks: bytes) -> bytes:
         """Judge an encoded batch; one broken check does not touch the others."""
@@ -156,20 +150,24 @@ class VerifierRunner:
         return cast(Verifier, verifier).verify(task)
 
     async def _judge_sandboxed(self, verifier: SandboxedVerifier, task: Task) -> Verdict:
-        slot = await self._sandbox()
+        slot = await self._slot(getattr(verifier, "preload", ""))
         if not slot.level.reaches(least := demanded_level(verifier, self._level)):
             raise SandboxRefused(
                 f"{type(verifier).__name__} demands level {least}, this machine gives {slot.level}: {slot.lowered}"
             )
         return await verifier.verify(task, slot)
 
-    async def _sandbox(self) -> Any:
-        if self._slot is None:
+    async def _slot(self, preload: str) -> Any:
+        """The slot whose programs find the modules of `preload` imported: each costs all of them, so there are two."""
+        if preload not in self._slots:
+            from gym_bus.sandbox import zygote
             from gym_bus.sandbox.protections import Level
             from gym_bus.sandbox.slot import Slot
 
-            self._slot = await Slot.start(modules=SANDBOX_MODULES, least=Level(self._level))
-        return self._slot
+            self._slots[preload] = await Slot.start(
+                f"{zygote.PRELOAD} {preload}", modules=SANDBOX_MODULES, least=Level(self._level)
+            )
+        return self._slots[preload]
 
     def _run(self, work: Any) -> Any:
         if self._loop is None:
@@ -187,9 +185,8 @@ class VerifierRunner:
 
     def close(self) -> None:
         """Give up the sandbox."""
-        if self._slot is not None:
-            self._run(self._slot.close())
-            self._slot = None
+        while self._slots:
+            self._run(self._slots.popitem()[1].close())
         if self._loop is not None:
             self._loop.close()
             self._loop = None

@@ -12,7 +12,7 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -93,6 +93,8 @@ OLDEST = 4
 """Messages that a report names, those that are in hand longest; once more as many where those are of other jobs."""
 OLDEST_LOOKED_AT = 1024
 URGENT_BUFFER = 16
+URGENT_SLOTS = 16
+"""Urgent messages that are begun though every slot is taken: they do not wait for a slow one to end."""
 DELIVERIES_PER_DEATH = 200
 """The consumer's own bound is so much higher: it counts what was handed back too, and is there for our own faults."""
 RETRY_FIRST_S = 1.0
@@ -112,7 +114,22 @@ class Loop:
         prefetch: int,
         max_ack_pending: int,
         worker: str,
+        full: Callable[[], bool] = lambda: False,
     ) -> None:
+        """Prepare; `start` begins.
+
+        Args:
+            bus: where from and where to.
+            handler: the role.
+            sources: what to pull.
+            concurrency: messages handled at a time.
+            prefetch: messages held ready beside those.
+            max_ack_pending: of all workers of a consumer together.
+            worker: its name in failures.
+            full: tells whether to begin no further message, urgent ones apart, though there are slots: what they need
+                is not to be had. `fill` must be called when that changes.
+        """
+        self._full = full
         self._bus, self._handler, self._sources = bus, handler, tuple(sources)
         self._concurrency, self._prefetch = concurrency, min(prefetch, max(1, concurrency // 4))
         self._max_ack_pending, self._worker = max_ack_pending, worker
@@ -198,7 +215,8 @@ class Loop:
 
     def _room(self, asking: int) -> int:
         """Messages there is room for beside what the other pulls have asked for."""
-        room = self._concurrency + self._prefetch - len(self._running) - len(self._ready) - len(self._probation)
+        slots = 0 if self._full() else self._concurrency - len(self._running)
+        room = slots + self._prefetch - len(self._ready) - len(self._probation)
         others = [
             pull.outstanding
             for place, (pull, source) in enumerate(zip(self._pulls, self._sources, strict=True))
@@ -233,20 +251,24 @@ class Loop:
             self._probation.add(delivery)
         else:
             queue.append(delivery)
-        self._fill()
+        self.fill()
 
-    def _next(self) -> Delivery | None:
-        if delivery := self._probation.next():
-            return delivery
-        queue = self._urgent or self._ready
-        return queue.popleft() if queue else None
+    def _next(self) -> tuple[Delivery, bool] | None:
+        """What to begin now, and whether it is urgent."""
+        slots = self._concurrency - len(self._running)
+        if slots > 0 and (delivery := self._probation.next()):
+            return delivery, False
+        if self._urgent and slots > -URGENT_SLOTS:
+            return self._urgent.popleft(), True
+        if self._ready and slots > 0 and not self._full():
+            return self._ready.popleft(), False
+        return None
 
-    def _fill(self) -> None:
-        while len(self._running) < self._concurrency and not self._draining:
-            delivery = self._next()
-            if delivery is None:
-                return
-            task = asyncio.create_task(self._work(delivery))
+    def fill(self) -> None:
+        """Begin what there is room for."""
+        while not self._draining and (found := self._next()):
+            delivery, urgent = found
+            task = asyncio.create_task(self._work(delivery, urgent))
             self._running[task] = delivery
             task.add_done_callback(self._finished)
 
@@ -257,7 +279,7 @@ class Loop:
         self.done += 1
         if not task.cancelled() and (error := task.exception()):
             log.error("loop_fault", stage=self._handler.stage, message=delivery.message_id, error=repr(error))
-        self._fill()
+        self.fill()
         for pull in self._pulls:
             pull.poke()
         if not self._running:
@@ -268,8 +290,8 @@ class Loop:
         if self._held.pop(delivery.message_id, None) is not None:
             self._held_bytes -= delivery.size_bytes
 
-    async def _work(self, delivery: Delivery) -> None:
-        self._doing[delivery.message_id] = activity.begin(self._handler.stage)
+    async def _work(self, delivery: Delivery, urgent: bool) -> None:
+        self._doing[delivery.message_id] = activity.begin(self._handler.stage, urgent=urgent)
         try:
             await self._step(delivery)
         except BusError as e:  # the broker will never take the outcome, or the handler could not reach it
@@ -305,7 +327,8 @@ class Loop:
         try:
             outcome = await self._handler.handle(message, delivery.stored_at)
             activity.note("publishing the outcome")
-            await self._insist(delivery, partial(self._bus.publish, outcome, delivery.message_id))
+            with self._holding(outcome):
+                await self._insist(delivery, partial(self._bus.publish, outcome, delivery.message_id))
         except PayloadTooLarge as e:
             await self._bury(delivery, message, _fault_of(message), f"the outcome is too large: {e}")
         except BusError:
@@ -320,6 +343,16 @@ class Loop:
             await self._bury(delivery, message, _fault_of(message), f"{type(e).__name__}: {e}")
         else:
             await delivery.ack()  # only now: a crash in between repeats the work, never loses it
+
+    @contextlib.contextmanager
+    def _holding(self, outcome: Attempt | Result) -> Iterator[None]:
+        """What waits for a full stream is held like what came from one; its row is that of the delivery."""
+        size = len(outcome.response) + sum(len(c.token_ids) + len(c.logprobs) for c in outcome.calls)
+        self._held_bytes += size
+        try:
+            yield
+        finally:
+            self._held_bytes -= size
 
     async def _insist(self, delivery: Delivery, call: Callable[[], Awaitable[T]]) -> T:
         """What `call` returns, repeated while the trouble is the broker's; the lease is kept meanwhile.

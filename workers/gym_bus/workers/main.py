@@ -65,9 +65,10 @@ def clamp_to_descriptors(concurrency: int) -> int:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    room = max(1, soft - FILES_KEPT_FREE)
+    room = concurrency if soft == resource.RLIM_INFINITY else max(1, soft - FILES_KEPT_FREE)
     if concurrency > room:
-        log.warning("concurrency_clamped", wanted=concurrency, open_files=soft, now=room)
+        remedy = "allow more open files (`ulimit -Hn`, LimitNOFILE=), or start more workers with less concurrency each"
+        log.warning("concurrency_clamped", wanted=concurrency, open_files=soft, now=room, remedy=remedy)
     return min(concurrency, room)
 
 
@@ -104,7 +105,7 @@ async def run_worker(
     structlog.contextvars.bind_contextvars(worker=worker)
     async with await Bus.connect(config.bus, name=worker) as bus:
         await bus.init()
-        serving, handler, close = _build(role, config, bus, worker)
+        serving, handler, close = await _build(role, config, bus, worker)
         try:
             await _listen_for_cancellations(bus, serving, handler)
             await serving.start()
@@ -121,13 +122,18 @@ async def run_worker(
             await close()
 
 
-def _build(role: Role, config: Config, bus: Bus, worker: str) -> tuple[Loop, Handler, Callable[[], Awaitable[None]]]:
+async def _build(
+    role: Role, config: Config, bus: Bus, worker: str
+) -> tuple[Loop, Handler, Callable[[], Awaitable[None]]]:
     """The role's loop, its handler, and how to release what it holds."""
     if role == "agent":
         from gym_bus.models.registry import Models
         from gym_bus.workers.agent import AgentWorker
+        from gym_bus.workers.limits import SharedLimits
 
-        models = Models(config.models)
+        limits = SharedLimits(bus, worker)
+        await limits.start()
+        models = Models(config.models, limits)
         agent = AgentWorker(config.agent, models, worker)
         loop = Loop(
             bus,
@@ -137,8 +143,15 @@ def _build(role: Role, config: Config, bus: Bus, worker: str) -> tuple[Loop, Han
             prefetch=config.agent.prefetch,
             max_ack_pending=65_536,
             worker=worker,
+            full=lambda: models.crowded,
         )
-        return loop, agent, models.close
+        models.on_room = loop.fill
+
+        async def close() -> None:
+            await limits.close()
+            await models.close()
+
+        return loop, agent, close
     if role == "verifier":
         from gym_bus.verifiers.service import VerifierService
         from gym_bus.workers.verifier import VerifierWorker

@@ -26,7 +26,7 @@ REASONS = {
 }
 """Why a rollout is shown, in the order in which places are given; the last takes what is left."""
 SHARES = {"failed": 0.2, "differ": 0.25, "sometimes": 0.3}
-"""Of a job's places, at most, until all reasons had their turn."""
+"""Of a job's places, at most."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,6 @@ def _of_entry(entry: Entry, place: int, member: int, tasks: Sequence[TaskRow], q
         room = quota - len(chosen)
         share = min(room, max(1, int(SHARES[reason] * quota))) if reason in SHARES else room
         chosen.update(dict.fromkeys(islice((at for at in places if at not in chosen), share)))
-    for at in islice((at for at in chain(*wanted.values()) if at not in chosen), quota - len(chosen)):
-        chosen[at] = None
     for at in chosen:
         yield Pick(place, at, tuple(r for r in reasons[at] if r != "sample") or ("sample",))
 
@@ -96,7 +94,7 @@ def _candidates(entry: Entry, member: int, tasks: Sequence[TaskRow]) -> dict[str
     own = [row for row in tasks if row.task in first]
     return {
         "failed": _failed(frame),
-        "differ": [contrast(row)[0] for row in own if row.spread > 0 and contrast(row)],
+        "differ": [places[0] for row in own if row.spread > 0 and (places := contrast(row))],
         "sometimes": list(chain(*(contrast(row) for row in own if len(set(row.known(member))) > 1))),
         "slow": slowest(entry),
         "sample": _shuffled(task, frame["rollout_index"].to_numpy()),

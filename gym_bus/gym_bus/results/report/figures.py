@@ -1,4 +1,4 @@
-"""The report's plots: data and layout for plotly.js. Colours of text and grid are the page's business, by its theme."""
+"""The report's plots of scores, rewards, lengths and tasks."""
 
 from __future__ import annotations
 
@@ -8,40 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from gym_bus.results.extras import need
 from gym_bus.results.report.jobs import Entry
+from gym_bus.results.report.plots import Figure, colour, error, figure, graph, line, name_of
 from gym_bus.results.statistics import Estimate, Floats, pass_at_1
 from gym_bus.results.subsets import task_subsets
 
-COLOURS = ("#4c78f0", "#ef7f51", "#22a58b", "#b06fdd", "#d99a12", "#e0588a", "#6b9e3c", "#7f8ba0")
-"""One per job; told apart on light and on dark ground, also by those who do not see red and green apart."""
 OUTCOMES = {"pass": "#1f9d8a", "partial": "#e0a526", "fail": "#d4526e"}
 SCALE = ((0.0, "#d4526e"), (0.5, "#f0c05a"), (1.0, "#1f9d8a"))
 """Mean reward 0 to 1."""
 MOST_CELLS = 20_000
 """Of one heat map; of more tasks, neighbours share a cell."""
+MOST_SPACED = 60
+"""Rows of cells with space in between."""
 BINS = 40
 """Of lengths, at most."""
 FEW = 12
 """Different rewards up to this number get a bar each; more are put into bins."""
 TENTHS = 10
-STAGES = {
-    "request_queue_s": "waiting for an agent",
-    "model_s": "model",
-    "tools_s": "tools",
-    "other_s": "rest of the agent",
-    "publish_s": "publishing",
-    "attempt_queue_s": "waiting for a verifier",
-    "verify_s": "verifying",
-}
-"""In order of time."""
-
-Figure = dict[str, Any]
-
-
-def colour(place: int) -> str:
-    """The colour of the job at a place in the report."""
-    return COLOURS[place % len(COLOURS)]
 
 
 def figures(entries: Sequence[Entry], by: str | None = None) -> dict[str, Figure]:
@@ -53,27 +36,9 @@ def figures(entries: Sequence[Entry], by: str | None = None) -> dict[str, Figure
         "task-rates": task_rate_histogram(entries),
         "lengths": length_histogram(entries),
         "reward-by-length": reward_by_length(entries),
-        "waterfall": waterfall(entries),
-        "progress": progress(entries),
     }
     made |= {f"heat-{place}": heat_map(entry) for place, entry in enumerate(entries)}
-    return {name: figure for name, figure in made.items() if figure is not None}
-
-
-def _figure(traces: Sequence[Any], height: int, **layout: Any) -> Figure:
-    layout = {"height": height, "margin": {"l": 56, "r": 16, "t": 12, "b": 48}, "template": None, **layout}
-    figure: Figure = _graph().Figure(traces, layout).to_plotly_json()
-    figure["layout"].pop("template", None)
-    return figure
-
-
-def _name(entry: Entry) -> str:
-    """The job's label as plotly.js shows it as it is: it takes `<a href=...>` and the like for markup."""
-    return escape(entry.label, quote=False)
-
-
-def _graph() -> Any:
-    return need("plotly.graph_objects", "analysis")
+    return {name: one for name, one in made.items() if one is not None}
 
 
 def pass_curve(entries: Sequence[Entry]) -> Figure | None:
@@ -84,35 +49,18 @@ def pass_curve(entries: Sequence[Entry]) -> Figure | None:
         worst = {int(name[5:]): e for name, e in entry.estimates.items() if name.startswith("pass^")}
         if len(best) < 2:
             continue
-        of = f"{_name(entry)}: " if len(entries) > 1 else ""
-        said = "k = %{x}: %{y:.2%}"
+        of = f"{name_of(entry)}: " if len(entries) > 1 else ""
+        said = {k: f"k = {k}" for k in best}
         drawn |= best.keys()
-        traces.append(_line(best, f"{of}pass@k", colour(place), "solid", said))
-        traces.append(_line({1: best[1]} | worst, f"{of}pass^k", colour(place), "dot", said))
+        traces.append(line(best, f"{of}pass@k", colour(place), "solid", said))
+        traces.append(line({1: best[1]} | worst, f"{of}pass^k", colour(place), "dot", said))
     if not traces:
         return None
-    return _figure(
+    return figure(
         traces,
         340,
         xaxis={"title": {"text": "k, rollouts drawn per task"}, "type": "log", "tickvals": sorted(drawn)},
         yaxis={"title": {"text": "share of tasks"}, "tickformat": ".0%", "rangemode": "tozero"},
-    )
-
-
-def _line(estimates: Mapping[Any, Estimate], name: str, colour: str, dash: str, said: str) -> Any:
-    """Estimates with their intervals. `said` begins the words at a point; customdata is low, high, number, 10 ** x."""
-    known = {x: (e.mean, e.low, e.high, e.tasks) for x, e in estimates.items() if e.mean is not None}
-    return _graph().Scatter(
-        x=list(known),
-        y=[mean for mean, _, _, _ in known.values()],
-        name=name,
-        mode="lines+markers",
-        line={"color": colour, "dash": dash, "width": 2},
-        error_y=_error([(mean, low, high) for mean, low, high, _ in known.values()]),
-        customdata=[[low, high, number, 10.0**x] for x, (_, low, high, number) in known.items()],
-        hovertemplate=said
-        + "<br>95 %: %{customdata[0]:.4f} to %{customdata[1]:.4f}<br>n = %{customdata[2]:,}"
-        + "<extra>%{fullData.name}</extra>",
     )
 
 
@@ -128,8 +76,8 @@ def subsets(entries: Sequence[Entry], by: str) -> Figure | None:
         known = sorted({name for name in of if name is not None})
         estimates = {name: pass_at_1(entry.table.of_tasks(of == name).rewards()) for name in known}
         names |= estimates.keys()
-        traces.append(_dots(estimates, _name(entry), colour(place)))
-    return _figure(
+        traces.append(_dots(estimates, name_of(entry), colour(place)))
+    return figure(
         traces,
         max(240, 100 + (14 + 12 * len(traces)) * len(names)),
         scattermode="group",
@@ -141,28 +89,18 @@ def subsets(entries: Sequence[Entry], by: str) -> Figure | None:
 
 def _dots(estimates: Mapping[str, Estimate], name: str, colour: str) -> Any:
     known = {subset: (e.mean, e.low, e.high, e.tasks) for subset, e in estimates.items() if e.mean is not None}
-    return _graph().Scatter(
+    return graph().Scatter(
         y=[escape(subset, quote=False) for subset in known],
         x=[mean for mean, _, _, _ in known.values()],
         name=name,
         mode="markers",
         orientation="h",
         marker={"color": colour, "size": 9},
-        error_x=_error([(mean, low, high) for mean, low, high, _ in known.values()]),
+        error_x=error([(mean, low, high) for mean, low, high, _ in known.values()]),
         customdata=[[low, high, tasks] for _, low, high, tasks in known.values()],
         hovertemplate="%{y}: %{x:.2%}<br>95 %: %{customdata[0]:.2%} to %{customdata[1]:.2%}"
         "<br>%{customdata[2]:,} tasks<extra>%{fullData.name}</extra>",
     )
-
-
-def _error(intervals: Sequence[tuple[float, float | None, float | None]]) -> dict[str, Any]:
-    return {
-        "type": "data",
-        "array": [0.0 if high is None else high - mean for mean, _, high in intervals],
-        "arrayminus": [0.0 if low is None else mean - low for mean, low, _ in intervals],
-        "thickness": 1,
-        "width": 3,
-    }
 
 
 def reward_histogram(entries: Sequence[Entry]) -> Figure | None:
@@ -197,17 +135,17 @@ def _shares(entries: Sequence[Entry], values: Sequence[Floats], what: str, of: s
     for place, (entry, own) in enumerate(zip(entries, values, strict=True)):
         count = np.histogram(own, edges)[0] if many else np.array([(own == value).sum() for value in centres])
         traces.append(
-            _graph().Bar(
+            graph().Bar(
                 x=centres if many else names,
                 y=count / max(1, len(own)),
-                name=_name(entry),
+                name=name_of(entry),
                 marker={"color": colour(place)},
                 customdata=count,
                 hovertemplate=f"{'about %{x:.3g}' if many else '%{x}'}: %{{customdata:,}} {of}, %{{y:.1%}}"
                 "<extra>%{fullData.name}</extra>",
             )
         )
-    return _figure(
+    return figure(
         traces,
         300,
         barmode="group",
@@ -236,8 +174,8 @@ def length_histogram(entries: Sequence[Entry]) -> Figure | None:
     else:
         for place, (entry, (lengths, _)) in enumerate(zip(entries, found, strict=True)):
             share = np.histogram(np.log10(lengths), edges)[0] / max(1, len(lengths))
-            traces.append(_outline(middle, share, _name(entry), colour(place)))
-    return _figure(
+            traces.append(_outline(middle, share, name_of(entry), colour(place)))
+    return figure(
         traces,
         300,
         barmode="stack",
@@ -281,7 +219,7 @@ def _by_outcome(rewards: Floats) -> dict[str, Any]:
 
 
 def _steps(middle: Floats, width: float, count: Any, name: str, colour: str) -> Any:
-    return _graph().Bar(
+    return graph().Bar(
         x=middle,
         y=count,
         width=width,
@@ -293,7 +231,7 @@ def _steps(middle: Floats, width: float, count: Any, name: str, colour: str) -> 
 
 
 def _outline(middle: Floats, share: Floats, name: str, colour: str) -> Any:
-    return _graph().Scatter(
+    return graph().Scatter(
         x=middle,
         y=share,
         name=name,
@@ -316,11 +254,12 @@ def reward_by_length(entries: Sequence[Entry]) -> Figure | None:
         parts = [bins == at for at in np.unique(bins)]
         x = [float(np.log10(np.median(lengths[part]))) for part in parts]
         seen += x
+        said = {at: f"about {10**at:,.0f}" for at in x}
         means = {at: pass_at_1(rewards[part][:, None]) for at, part in zip(x, parts, strict=True)}
-        traces.append(_line(means, _name(entry), colour(place), "solid", "about %{customdata[3]:,.0f}: %{y:.3f}"))
+        traces.append(line(means, name_of(entry), colour(place), "solid", said))
     if not traces:
         return None
-    return _figure(
+    return figure(
         traces,
         300,
         xaxis={"title": {"text": f"length of the output, {_unit(entries)}, in tenths"}, **_log_ticks(np.sort(seen))},
@@ -333,27 +272,33 @@ def _unit(entries: Sequence[Entry]) -> str:
     return " or ".join(dict.fromkeys(entry.lengths[1] for entry in entries))
 
 
+def tasks_per_cell(entry: Entry) -> int:
+    """How many tasks share a cell of the heat map."""
+    return max(1, -(-len(entry.table.tasks) // MOST_CELLS))
+
+
 def heat_map(entry: Entry) -> Figure | None:
     """A cell per task, in order of index, coloured by its mean reward; empty where it has none."""
     tasks, means = entry.table.tasks, entry.task_means
     if not len(tasks):
         return None
-    shared = -(-len(tasks) // MOST_CELLS)
+    shared = tasks_per_cell(entry)
     cells = -(-len(tasks) // shared)
     wide = int(np.clip(np.ceil(np.sqrt(cells * 6)), min(cells, 20), 100))
     high = -(-cells // wide)
+    gap = 1 if high <= MOST_SPACED else 0
     value = np.full(high * wide, np.nan)
     value[:cells] = [_mean(means[at : at + shared]) for at in range(0, len(tasks), shared)]
     first = np.full(high * wide, -1, np.int64)
     first[:cells] = tasks[::shared]
-    heat = _graph().Heatmap(
+    heat = graph().Heatmap(
         z=_rounded(value.reshape(high, wide)),
         customdata=first.reshape(high, wide).tolist(),
         zmin=0,
         zmax=1,
         colorscale=[list(stop) for stop in SCALE],
-        xgap=1,
-        ygap=1,
+        xgap=gap,
+        ygap=gap,
         hoverongaps=False,
         showscale=False,
         hovertemplate="task %{customdata}"
@@ -361,7 +306,7 @@ def heat_map(entry: Entry) -> Figure | None:
         + ": mean reward %{z:.3f}<extra></extra>",
     )
     axis = {"visible": False, "fixedrange": True}
-    return _figure(
+    return figure(
         [heat],
         int(np.clip(high * 16, 40, 560)),
         margin={"l": 0, "r": 0, "t": 0, "b": 0},
@@ -377,89 +322,3 @@ def _mean(values: Floats) -> float:
 
 def _rounded(values: Floats) -> list[list[float | None]]:
     return [[None if value != value else round(value, 3) for value in row] for row in values.tolist()]
-
-
-def stage_seconds(entry: Entry) -> dict[str, Floats]:
-    """Seconds per stage of every scored rollout, stages in order of time; shape [scored rollouts with timings]."""
-    frame = entry.frame[(entry.frame["outcome"] == "scored").to_numpy() & (entry.work_s > 0)]
-    seconds = {name: frame[name].to_numpy(float) for name in STAGES if name in frame}
-    seconds["other_s"] = np.maximum(0.0, frame["agent_s"].to_numpy(float) - seconds["model_s"] - seconds["tools_s"])
-    return {name: seconds[name] for name in STAGES}
-
-
-def waterfall(entries: Sequence[Entry]) -> Figure | None:
-    """Mean seconds per stage, each bar beginning where the one before ends; None where nothing was timed."""
-    traces = []
-    for place, entry in enumerate(entries):
-        means = {name: float(values.mean()) for name, values in stage_seconds(entry).items() if len(values)}
-        if not means:
-            continue
-        lengths = list(means.values())
-        begin = np.cumsum([0.0, *lengths[:-1]]).tolist()
-        traces.append(
-            _graph().Bar(
-                y=[STAGES[name] for name in means],
-                x=lengths,
-                base=begin,
-                orientation="h",
-                name=_name(entry),
-                marker={"color": colour(place)},
-                text=[seconds(length) for length in lengths],
-                textposition="outside",
-                cliponaxis=False,
-                customdata=[length / sum(lengths) if sum(lengths) else 0 for length in lengths],
-                hovertemplate="%{y}: %{text}, %{customdata:.1%} of the whole<extra>%{fullData.name}</extra>",
-            )
-        )
-    if not traces:
-        return None
-    return _figure(
-        traces,
-        max(300, 90 + 26 * len(STAGES) * len(traces)),
-        barmode="group",
-        margin={"l": 150, "r": 64, "t": 12, "b": 48},
-        xaxis={"title": {"text": "mean seconds since the request"}, "rangemode": "tozero"},
-        yaxis={"autorange": "reversed"},
-        showlegend=len(traces) > 1,
-    )
-
-
-def seconds(value: float) -> str:
-    """A duration for people."""
-    if value != value:
-        return "–"
-    if value < 0.001:
-        return "< 1 ms" if value > 0 else "0"
-    if value < 0.0995:
-        return f"{1000 * value:.3g} ms"
-    return f"{value:.3g} s" if value < 99.5 else f"{value:,.0f} s"
-
-
-def progress(entries: Sequence[Entry]) -> Figure | None:
-    """Share of the expected rollouts that were recorded, over time; None where the files do not say when."""
-    traces = []
-    for place, entry in enumerate(entries):
-        times = entry.frame["finished_at"].dropna()
-        if len(times) < 2:
-            continue
-        ended = np.sort((times - times.min()).dt.total_seconds().to_numpy(float))
-        at = np.unique(np.linspace(0, len(ended) - 1, min(len(ended), 400)).astype(int))
-        traces.append(
-            _graph().Scatter(
-                x=np.round(ended[at], 3).tolist(),
-                y=((at + 1) / entry.counts.expected).tolist(),
-                name=_name(entry),
-                mode="lines",
-                line={"color": colour(place), "width": 2},
-                hovertemplate="%{x:,.1f} s: %{y:.1%}<extra>%{fullData.name}</extra>",
-            )
-        )
-    if not traces:
-        return None
-    return _figure(
-        traces,
-        300,
-        xaxis={"title": {"text": "seconds since the first result"}, "rangemode": "tozero"},
-        yaxis={"title": {"text": "share of the expected rollouts"}, "tickformat": ".0%", "rangemode": "tozero"},
-        showlegend=len(traces) > 1,
-    )

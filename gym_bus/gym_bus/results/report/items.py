@@ -10,7 +10,6 @@ MOST_CHARS = 12_000
 """Of one text; of a longer one, the beginning and the end."""
 MOST_ITEMS = 80
 """Messages, calls and so on of one rollout; of more, the first and the last."""
-
 LINE = 80
 """Characters of JSON that stay in one line."""
 

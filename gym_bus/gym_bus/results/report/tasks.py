@@ -14,8 +14,6 @@ from gym_bus.results.report.jobs import Entry
 
 EXCERPT = 240
 """Characters of a prompt."""
-
-
 SHARES = {"sometimes": 0.5, "never": 0.2, "unscored": 0.1, "always": 0.2}
 """Of the places in a list of tasks, where there are more tasks of the kind; the kinds in order."""
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gym_bus.errors import TREATMENTS
+from gym_bus.errors import TREATMENTS, DataError
 from gym_bus.results.frame import NOT_FIELDS
 from gym_bus.results.report.choose import Pick
 from gym_bus.results.report.items import MOST_CHARS, MOST_ITEMS, Json, clip, input_of, items_of, shown
@@ -80,8 +80,11 @@ class _Source:
             self._files[path] = self._opened.enter_context(path.open("rb"))
         file = self._files[path]
         file.seek(offset)
-        read = json.loads(file.readline().decode("utf-8-sig", "replace"))
-        return read if isinstance(read, dict) else {}
+        try:
+            read: Json = json.loads(file.readline().decode("utf-8-sig", "replace"))
+        except ValueError:
+            raise DataError(f"{path}: has changed while it was read") from None
+        return read
 
 
 def outcome(reward: float | None) -> str:

@@ -14,10 +14,12 @@ import numpy as np
 
 from gym_bus.errors import RETRYABLE, TREATMENTS
 from gym_bus.results.paired import Difference, paired_difference
-from gym_bus.results.report.figures import STAGES, colour, seconds, stage_seconds
 from gym_bus.results.report.jobs import Entry
+from gym_bus.results.report.plots import colour
 from gym_bus.results.report.tasks import Family, TaskRow
-from gym_bus.results.statistics import Estimate, Floats
+from gym_bus.results.report.times import seconds
+from gym_bus.results.report.transcripts import advice
+from gym_bus.results.statistics import Estimate
 
 MOST_DETAILS = 4
 """Different messages shown per class of failure."""
@@ -92,7 +94,8 @@ def _headline(entries: Sequence[Entry], place: int, first: int, on: Scale) -> di
         "k": most,
         "pass_k": estimates.get(f"pass@{most}") if most > 1 else None,
         "all_k": estimates.get(f"pass^{most}") if most > 1 else None,
-        "votes": entry.votes,
+        "majority": entry.votes.get(f"majority@{most}"),
+        "no_answer": entry.votes.get("no answer"),
         "counts": entry.counts,
         "tasks": len(entry.table.tasks),
         "length": float(np.median(known)) if len(known) else None,
@@ -109,11 +112,8 @@ def _difference(first: Entry, other: Entry) -> Difference:
     a, b = first.scored_means, other.scored_means
     tasks = sorted(task for task in a.keys() & b.keys() if first.identity(task) == other.identity(task))
     single = max(first.table.task_scored.max(initial=0), other.table.task_scored.max(initial=0)) <= 1
-    return paired_difference(
-        np.array([a[task] for task in sorted(tasks)]),
-        np.array([b[task] for task in sorted(tasks)]),
-        single=bool(single),
-    )
+    before, after = (np.array([means[task] for task in tasks]) for means in (a, b))
+    return paired_difference(before, after, single=bool(single))
 
 
 def _components(entry: Entry) -> dict[str, float]:
@@ -255,8 +255,7 @@ def failures(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 def advice_parts(kind: str) -> list[tuple[str, bool]]:
     """What to do about a class of failure, in pieces: text, and whether it is code."""
-    advice = next((treatment.advice for known, treatment in TREATMENTS.items() if known == kind), "")
-    return [(text, at % 2 == 1) for at, text in enumerate(advice.split("`")) if text]
+    return [(text, at % 2 == 1) for at, text in enumerate(advice(kind).split("`")) if text]
 
 
 def _of_kind(entry: Entry, kind: str) -> Any:
@@ -282,27 +281,6 @@ def _details(entry: Entry, kind: str) -> list[tuple[str, int]]:
 def recovered(entries: Sequence[Entry]) -> int:
     """Rollouts that were scored after an earlier attempt had failed."""
     return sum(int(((entry.frame["attempt"] > 1) & (entry.frame["outcome"] == "scored")).sum()) for entry in entries)
-
-
-def stages(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """A row per timed job and stage."""
-    return [
-        {
-            "label": entry.label,
-            "colour": colour(place),
-            "stage": STAGES[name],
-            "share": float(values.sum()) / total if (total := float(sum(map(np.sum, taken.values())))) else 0.0,
-            **{key: seconds(value) for key, value in _spread(values).items()},
-        }
-        for place, entry in enumerate(entries)
-        if len((taken := stage_seconds(entry))["verify_s"])
-        for name, values in taken.items()
-    ]
-
-
-def _spread(values: Floats) -> dict[str, float]:
-    middle, high, most = np.percentile(values, [50, 95, 100])
-    return {"mean": float(values.mean()), "p50": float(middle), "p95": float(high), "most": float(most)}
 
 
 def kinds(rows: Sequence[TaskRow], member: int) -> dict[str, int]:
