@@ -276,6 +276,7 @@ async def job_is_done(bus: Bus) -> bool:
     return bool(job.state == "done")
 
 
+@pytest.mark.slow
 async def test_a_results_worker_replays_a_job_that_it_had_finished(bus: Bus, tmp_path: Path) -> None:
     files = lay_down(tmp_path / "job")
     await enrol(bus, a_record(shared=True))
@@ -300,6 +301,7 @@ async def test_a_results_worker_replays_a_job_that_it_had_finished(bus: Bus, tmp
     assert sorted(line["gym_bus"]["attempt"] for line in lines_of(files.rollouts)) == [2, 2]
 
 
+@pytest.mark.slow
 async def test_an_order_outlives_the_results_worker_that_took_it(bus: Bus, tmp_path: Path) -> None:
     files = lay_down(tmp_path / "job")
     await enrol(bus, a_record(shared=True))

@@ -83,6 +83,7 @@ def kill_at_once(pid: int) -> int:
     return len(family)
 
 
+@pytest.mark.slow
 async def test_a_local_run_killed_with_all_its_children_is_finished_by_the_same_command(
     cli: Cli, choices: Path, model: FaultyModel
 ) -> None:

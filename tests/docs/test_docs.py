@@ -19,6 +19,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -153,7 +154,15 @@ def script(page: Path, folder: Path, port: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)
+QUICK = ("README.md", "docs/how-to/extend.md", "docs/how-to/train.md", "docs/how-to/configuration.md")
+
+
+def _marked(page: Path) -> Any:
+    quick = name_of(page) in QUICK or page.is_relative_to(ROOT / "benchmarks")
+    return pytest.param(page, marks=() if quick else pytest.mark.slow, id=name_of(page))
+
+
+@pytest.mark.parametrize("page", map(_marked, WITH_COMMANDS))
 def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, model: int) -> None:
     lay_out(tmp_path, page, model)
     path = f"{BIN}:{os.environ['PATH']}"

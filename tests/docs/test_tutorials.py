@@ -42,6 +42,7 @@ def rewards_in(folder: Path) -> list[float]:
     return sorted(row["reward"] for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_a_tutorial_leads_to_what_it_promises(page: Path, tmp_path: Path) -> None:
     said = "\n".join(follow(page, tmp_path))

@@ -15,6 +15,7 @@ def rounds_of(folder: Path) -> list[object]:
     return rounds
 
 
+@pytest.mark.slow
 def test_a_run_until_pass_at_1_is_known_survives_a_kill_between_its_rounds(cli: Cli, choices: Path) -> None:
     answers = "models.simulated.simulated.text=['\\boxed{A}','\\boxed{B}']"  # a third of the tasks is never right
     slow = "models.simulated.simulated.latency_s.mean=0.2"

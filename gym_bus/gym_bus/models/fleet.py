@@ -5,9 +5,10 @@ longer uses, so that the parts never add up to more than the limit: whoever join
 change is one compare-and-swap of the whole record. No clock is compared with another machine's: a member that is gone
 shows by its beat, which stands still, and how long ago something changed everybody measures for itself.
 
-The limit is on calls in flight ("places"), as most endpoints have it, or on calls begun per second ("pace"). Which one is
-found by trying: where places are given up and refusals come all the same, though nothing was raised, the endpoint counts
-calls per second; and where slowing down does not help either, it refuses at random, and nobody is served by waiting.
+The limit is on calls in flight ("places"), as most endpoints have it, or on calls begun per second ("pace"). Which
+one is found by trying: where places are given up and refusals come all the same, though nothing was raised, the
+endpoint counts calls per second; and where slowing down does not help either, it refuses at random, and nobody is
+served by waiting.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import msgspec
 
 from gym_bus.models.throttle import RAMP_FLOOR, Tally, Throttle
 
-BUDGET_PER_CALL = 0.01
-"""One in a hundred calls may be refused: to find out whether the endpoint takes more, or because it is like that."""
+BUDGET_PER_CALL = 0.007
+"""Part of the calls that may be refused: to find out whether the endpoint takes more, or because it is like that."""
 BUDGET_PER_S = 1 / 120
 MOST_BUDGET = 3.0
 QUIET_S = 3.0

@@ -1,9 +1,9 @@
 """How many calls one process may have at an endpoint: pure rules over a clock that is passed in.
 
-An endpoint that never refuses is never held back: calls are let in as fast as the ramp lets them, a fifth more than the
-endpoint has been seen to take, every twentieth of a second. Where it refuses (429, 503, 529) what lies beyond that, what
-it has taken becomes the limit; afterwards every refusal says that there is one place too many, and takes it. Places come
-back from the fleet, which raises the sum of all processes with care (see `fleet`).
+An endpoint that never refuses is never held back: calls are let in as fast as the ramp lets them, a fifth more than
+the endpoint has been seen to take, every twentieth of a second. Where it refuses (429, 503, 529) what lies beyond
+that, what it has taken becomes the limit; afterwards every refusal says that there is one place too many, and takes
+it. Places come back from the fleet, which raises the sum of all processes with care (see `fleet`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import msgspec
 
 RAMP_FLOOR = 8
 """Calls that may begin at once at an endpoint of which nothing is known."""
-RAMP_GROWTH = 1.2
+RAMP_GROWTH = 1.15
 RIPE_S = 0.05
 """An endpoint that is full says so at once: a call that has been there for so long was taken."""
 ROUNDS_TO_CLOSE = 3
