@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+import pytest
 from e2e.conftest import Cli, rows_of
 
 
