@@ -162,7 +162,7 @@ def _marked(page: Path) -> Any:
     return pytest.param(page, marks=() if quick else pytest.mark.slow, id=name_of(page))
 
 
-@pytest.mark.parametrize("page", map(_marked, WITH_COMMANDS))
+@pytest.mark.parametrize("page", [_marked(page) for page in WITH_COMMANDS])
 def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, model: int) -> None:
     lay_out(tmp_path, page, model)
     path = f"{BIN}:{os.environ['PATH']}"

@@ -92,6 +92,7 @@ def test_the_gym_bus_key_says_who_made_the_line_and_how_long_it_took() -> None:
         "timings": {
             "request_queue_s": 0.0,
             "agent_s": 1.5,
+            "model_queue_s": 0.0,
             "model_s": 0.0,
             "model_calls": 0,
             "tools_s": 0.0,

@@ -210,13 +210,14 @@ RESULTS: list[Result] = [scored(0, 0), scored(0, 1, reward=0.0), scored(1, 0), f
 
 
 @pytest.mark.parametrize("name", ["rollouts", "failures"])
-def test_a_file_cut_at_any_byte_is_mended_and_filled_up_again(files: JobFiles, tmp_path: Path, name: str) -> None:
+def test_a_file_cut_anywhere_is_mended_and_filled_up_again(files: JobFiles, tmp_path: Path, name: str) -> None:
     write(files, *RESULTS)
     path: Path = getattr(files, name)
     whole = path.read_bytes()
     ends = [at + 1 for at, byte in enumerate(whole) if byte == 10]
 
-    for size in range(ends[0], len(whole) + 1):
+    near = {end + by for end in ends for by in (-1, 0, 1)}
+    for size in sorted(size for size in {*range(ends[0], len(whole), 7), *near} if ends[0] <= size <= len(whole)):
         copy = JobFiles(tmp_path / f"cut-{size}")
         shutil.copytree(files.folder, copy.folder)
         cut: Path = getattr(copy, name)

@@ -20,6 +20,8 @@ RAMP_FLOOR = 8
 RAMP_GROWTH = 1.15
 RIPE_S = 0.05
 """An endpoint that is full says so at once: a call that has been there for so long was taken."""
+STRIKES = 3
+"""Refusals at the same number of calls, while none was taken beyond it, before that counts as the limit."""
 ROUNDS_TO_CLOSE = 3
 """Refusals in a row, each of a call that began after the one before was known: the endpoint takes no more now."""
 LEAST_REST_S, MOST_REST_S = 0.02, 0.5
@@ -124,6 +126,8 @@ class Throttle:
         self._refused_at = self._held_at = self._cut_at = float("-inf")
         self._closed_until: float | None = None
         self._taken_of: int | None = None
+        self._ceiling: int | None = None
+        self._strikes = 0
         self._next_start = float("-inf")
         self._learned = 0
         self._mean_s = self._spread_s = self._slow_share = 0.0
@@ -245,48 +249,54 @@ class Throttle:
         ticket.counted = True
         self.taken_at = now
         self.tally.taken += 1
-        if ticket.level > self._proven:
-            self._proven = ticket.level
-        self._ramp = max(self._ramp, ticket.level + 1, ticket.level * RAMP_GROWTH)
+        self._proven = max(self._proven, ticket.level)
+        if self._ceiling is not None and ticket.level > self._ceiling:
+            self._ceiling, self._strikes = None, 0  # it was no ceiling
+        steep = ticket.level * RAMP_GROWTH
+        self._ramp = max(self._ramp, ticket.level + 1, min(steep, self._ceiling or steep))
         if ticket.started_at > self._refused_at:
             self._rounds = 0
-            self._taken_of = None
 
     def _refuse(self, ticket: Ticket, now: float, retry_after_s: float | None) -> None:
         self.tally.refused += 1
         most_s = min(MOST_REST_S, self._backoff.first_s)
         self._resting.append(now + min(max(self._mean_s or most_s, LEAST_REST_S), most_s))
-        frontier = self.places is None and (ticket.level > self._proven or self._taken_of is not None)
+        frontier = self.places is None and (ticket.level > self._proven or self._ceiling is not None)
         self.tally.odd += not frontier
         if ticket.started_at > self._refused_at + RIPE_S * (self._rounds > 0):
             self._rounds, self._refused_at = self._rounds + 1, now
         if frontier:
             self._hold(ticket, now)
-        if self._rounds == ROUNDS_TO_CLOSE and self.taken_now:
-            self._keep(self.taken_now)
-        elif self._rounds >= ROUNDS_TO_CLOSE:
+        elif self._rounds == ROUNDS_TO_CLOSE and self.in_flight:
+            self._keep(self.in_flight)
+        if self._rounds > ROUNDS_TO_CLOSE or (self._rounds == ROUNDS_TO_CLOSE and not self.in_flight):
             wait_s = max(self._backoff.wait_s(self._rounds), min(retry_after_s or 0.0, self._backoff.most_asked_s))
             self._close(now + wait_s)
 
     def _hold(self, ticket: Ticket, now: float) -> None:
         """Of the calls that are there now more may be refused: by the end of this wait they will have come back."""
+        self._ceiling = min(ticket.level, self._ceiling or ticket.level)
         if self._taken_of is None:
             self._taken_of, self._held_at = self.in_flight, now
+            self._strikes += 1
         elif ticket.started_at <= self._held_at:
             self._taken_of -= 1
         self._close(now + RIPE_S)
+        if self._strikes >= STRIKES and self.taken_now:
+            self._keep(self.taken_now)
 
     def _close(self, until: float) -> None:
         self._closed_until = max(self._closed_until or until, until)
 
     def _open_again(self, now: float) -> None:
-        self._closed_until = None
+        self._closed_until = self._taken_of = None
         self._ramp = self.in_flight + len(self._resting) + 1.0
 
     def _keep(self, places: int) -> None:
         """Have no more than so many places from now on."""
         if self.places is None:
-            self.places, self._taken_of, self.tally.limited = places, None, True
+            self.places, self._taken_of, self._ceiling, self._strikes = places, None, None, 0
+            self.tally.limited = True
         elif places < self.places:
             self.tally.lost += self.places - places
             self.places = places

@@ -1,4 +1,8 @@
-"""A pool of Ray actors: `executor: ray`. The only module that imports Ray."""
+"""A pool of Ray actors: `executor: ray`. The only module that imports Ray.
+
+A Ray of the worker's own takes 2 to 4 s to start and 180 MB, and 80 MB more for each actor. An actor call costs 0.5 ms
+of the caller's CPU, which is why checks travel in batches.
+"""
 
 from __future__ import annotations
 
@@ -62,6 +66,7 @@ class _Cluster:
         self.local = config.address is None
         self.doors: list[tuple[str, int]] = []
         """Where the processes listen without which nothing goes on: the control store, and our node's scheduler."""
+        self._joined = False
         self._folder: str | None = None
         self._class: Any = None
 
@@ -72,6 +77,7 @@ class _Cluster:
         logging.getLogger("ray").setLevel(logging.ERROR)
         if ray.is_initialized():
             raise RuntimeError("this process has joined a Ray already")
+        self._joined = True
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "gym_bus"}
         if self.local:
             # Ray's processes know each other by a token, which it would else keep in the user's home.
@@ -132,6 +138,8 @@ class _Cluster:
 
     def leave(self) -> None:
         """Disconnect; a Ray of our own ends."""
+        if not self._joined:
+            return
         import ray
 
         with contextlib.suppress(Exception):  # Ray raises all sorts where parts of it are gone
