@@ -407,8 +407,8 @@ def test_an_inline_verifier_needs_no_sandbox() -> None:
     own.close()
 
 
-def test_options_that_a_foreign_verifier_does_not_take_are_a_usage_error() -> None:
-    VERIFIERS.add("takes_no_options", "builtins:object")
+def test_options_that_a_foreign_verifier_does_not_take_are_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VERIFIERS._paths, "takes_no_options", "builtins:object")
 
     with pytest.raises(UsageError, match=r"options of verifier 'takes_no_options': .*takes no arguments"):
         build("takes_no_options", b'{"x": 1}')
