@@ -22,7 +22,7 @@ import msgspec
 
 from gym_bus.models.throttle import RAMP_FLOOR, Tally, Throttle
 
-BUDGET_PER_CALL = 0.007
+BUDGET_PER_CALL = 0.01
 """Part of the calls that may be refused: to find out whether the endpoint takes more, or because it is like that."""
 BUDGET_PER_S = 1 / 120
 MOST_BUDGET = 3.0
@@ -127,6 +127,8 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
     trial: tuple[int, float, int] | None = None
     """While it is tried whether less is refused with fewer places: places and share of refusals before, and how often
     they were made fewer since."""
+    background: float = 0.0
+    """Share of calls refused of late, those apart that raises explain."""
     noise: float = 0.0
     """Share of calls that is refused whatever the load."""
     turn: int = 0
@@ -326,7 +328,8 @@ class Partner:
     def _explained(self, fleet: Fleet, now: float) -> int:
         """How many refusals are the doing of the last raise, and not noise."""
         fleet.raise_refused += self._due.odd
-        beyond = int(fleet.raise_refused - 2 * fleet.noise * fleet.since_raise) - fleet.raise_explained
+        usual = 2 * max(fleet.noise, fleet.background) * fleet.since_raise
+        beyond = int(fleet.raise_refused - usual) - fleet.raise_explained
         if beyond <= 0:
             return 0
         if fleet.good_pace and fleet.since_raise < 2 * PACE_PROOF / PACE_RAISE:
@@ -357,7 +360,10 @@ class Partner:
         fleet.look_taken = fleet.look_refused = 0
         if fleet.trial is not None:
             self._judge(fleet, share)
-        elif share < fleet.noise:
+            return
+        if share <= TROUBLE:
+            fleet.background += (share - fleet.background) * NOISE_SMOOTHING
+        if share < fleet.noise:
             fleet.noise += (share - fleet.noise) * NOISE_SMOOTHING
         elif TROUBLE + NOISE_MARGIN * fleet.noise < share < CLOSED:
             self._try_less(fleet, share, taken)

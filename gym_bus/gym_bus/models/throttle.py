@@ -261,7 +261,7 @@ class Throttle:
         self.tally.refused += 1
         most_s = min(MOST_REST_S, self._backoff.first_s)
         self._resting.append(now + min(max(self._mean_s or most_s, LEAST_REST_S), most_s))
-        frontier = self.places is None and (ticket.level > self._proven or self._ceiling is not None)
+        frontier = self.places is None and ticket.level > min(self._proven, (self._ceiling or math.inf) - 1)
         self.tally.odd += not frontier
         if ticket.started_at > self._refused_at + RIPE_S * (self._rounds > 0):
             self._rounds, self._refused_at = self._rounds + 1, now
@@ -282,8 +282,8 @@ class Throttle:
         elif ticket.started_at <= self._held_at:
             self._taken_of -= 1
         self._close(now + RIPE_S)
-        if self._strikes >= STRIKES and self.taken_now:
-            self._keep(self.taken_now)
+        if self._strikes >= STRIKES and (taken := max(self._taken_of, self._ceiling - 1)):
+            self._keep(taken)
 
     def _close(self, until: float) -> None:
         self._closed_until = max(self._closed_until or until, until)
