@@ -150,7 +150,7 @@ class EmbeddedServer:
                 stderr=output,
                 start_new_session=True,
                 preexec_fn=die_with_parent,
-                env={"PATH": os.defpath},
+                env={"PATH": os.defpath, "GOMEMLIMIT": str(self._config.memory_bytes)},
             )
         self.starts += 1
         deadline = time.monotonic() + self._config.start_limit_s

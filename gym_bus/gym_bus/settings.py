@@ -39,6 +39,9 @@ class EmbeddedConfig(_Section, frozen=True):
     sync_interval: str = "1s"
     """How often the store is fsynced; `always` before every ack."""
     max_file_bytes: Bytes = 64 * GiB
+    memory_bytes: Bytes = 320 * MiB
+    """What the server's garbage collector aims for (Go's `GOMEMLIMIT`): it drops cached blocks of its streams first. It
+    uses more where that many messages cannot be held in less, and works more for it."""
     start_limit_s: Seconds = 20.0
 
 
@@ -234,13 +237,14 @@ class JobConfig(_Section, frozen=True):
     """What one job asks of its rollouts; part of the job's identity."""
 
     sampling: dict[str, Any] = {}
-    """Responses create params that win over the rows' own, such as `temperature`."""
+    """Responses create params that win over the rows' own, such as `temperature`; NeMo Gym's top-level
+    `responses_create_params` is the same."""
     agent_options: dict[str, Any] = {}
     """Win over the benchmark's agent options."""
     verifier_options: dict[str, Any] = {}
     """Win over the benchmark's verifier options."""
-    seed_per_repeat: bool = False
-    """Send the rollout's index as `seed`, in the request's extra body."""
+    seeds: Count | None = None
+    """Rollout i of each task asks the model for the seed `seeds + i`, in the request's extra body; null for no seeds."""
     limit_s: Seconds = 3600.0
     """Wall-clock seconds of one rollout's generation."""
     lane: str = "batch"

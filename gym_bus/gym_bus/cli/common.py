@@ -14,7 +14,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from gym_bus.config import ENV_FILE, Config, Layer, ModelConfig, Resolved, resolve
+from gym_bus.config import ENV_FILE, Config, Layer, ModelConfig, Resolved, override_layers, resolve
 from gym_bus.errors import ConfigError, UsageError, did_you_mean
 from gym_bus.logs import configure_logs
 from gym_bus.origins import Origins
@@ -51,7 +51,11 @@ def names_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]
 
 
 def settings(
-    config_files: Sequence[str], overrides: Sequence[str], nats: str | None = None, base: Sequence[Layer] = ()
+    config_files: Sequence[str],
+    overrides: Sequence[str],
+    nats: str | None = None,
+    base: Sequence[Layer] = (),
+    over: Sequence[Layer] = (),
 ) -> Config:
     """The configuration of a command; `-` reads a whole configuration from standard input, as the local stack does."""
     if tuple(config_files) == ("-",):
@@ -61,9 +65,10 @@ def settings(
             raise UsageError(f"--config -: not a configuration: {e}") from None
         config = with_folders(config)
     else:
-        found = resolved(config_files, overrides, nats, base)
+        found = resolved(config_files, overrides, nats, base, over)
         config = with_folders(found.config())
         check_names(config, found.origins)
+        check_sampling(config, found.origins)
     configure_logs(config.log_level)
     return config
 
@@ -78,11 +83,55 @@ def with_folders(config: Config, *more: Path) -> Config:
 
 
 def resolved(
-    config_files: Sequence[str], overrides: Sequence[str], nats: str | None = None, base: Sequence[Layer] = ()
+    config_files: Sequence[str],
+    overrides: Sequence[str],
+    nats: str | None = None,
+    base: Sequence[Layer] = (),
+    over: Sequence[Layer] = (),
 ) -> Resolved:
     """The merged configuration of a command, unchecked, with where everything was written."""
     more = [f"bus.url={nats}"] if nats else []
-    return resolve([Path(f) for f in config_files], [*overrides, *more], env_file=ENV_FILE, base=[BUILTIN, *base])
+    files = [Path(f) for f in config_files]
+    return resolve(files, [*overrides, *more], env_file=ENV_FILE, base=[BUILTIN, *base], over=over)
+
+
+def take_prefixed(prefix: str, overrides: Sequence[str]) -> tuple[list[str], tuple[Layer, ...]]:
+    """Arguments without those whose key starts with `prefix.`, and the layers of those, their keys without it.
+
+    Raises:
+        ConfigError: one of those is not key=value.
+    """
+    own = [text for text in overrides if text.lstrip("+").startswith(f"{prefix}.")]
+    layers = tuple(Layer(layer.name, layer.values[prefix]) for layer in override_layers(own))
+    return [text for text in overrides if text not in own], layers
+
+
+def prompt_layer(file: Path) -> Layer:
+    """A benchmark's change: the prompt in this file."""
+    return Layer(f"--prompt {file}", {"prompt_config": str(file.resolve())})
+
+
+def sampling_overrides(options: dict[str, Any]) -> list[str]:
+    """The options of `sampling_options` as settings."""
+    keys = {key: f"job.sampling.{key}" for key in ("temperature", "top_p", "max_output_tokens")} | {
+        "seeds": "job.seeds"
+    }
+    return [f"{setting}={value}" for key, setting in keys.items() if (value := options[key]) is not None]
+
+
+def sampling_options(function: F) -> F:
+    """The options that say how the model is asked."""
+    options = [
+        click.option("--temperature", type=click.FloatRange(0, 100), help="Sampling parameter of every request."),
+        click.option("--top-p", type=click.FloatRange(0, 1), help="Sampling parameter of every request."),
+        click.option("--max-output-tokens", type=click.IntRange(1), help="Limit of every model call."),
+        click.option(
+            "--seeds", type=click.IntRange(0), metavar="N", help="Rollout i of each task asks for seed N + i."
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 def check_names(config: Config, origins: Origins) -> None:
@@ -95,6 +144,15 @@ def check_names(config: Config, origins: Origins) -> None:
         from gym_bus.verifiers.registry import VERIFIERS
 
         _check_known("verifier", config.verifier.names, VERIFIERS, origins)
+
+
+def check_sampling(config: Config, origins: Origins) -> None:
+    """Raise DataError where the settings have sampling parameters that no endpoint would take."""
+    if config.job.sampling:
+        from gym_bus.models.schema import check_create_params
+
+        for key, value in config.job.sampling.items():
+            check_create_params({key: value}, origins.nearest(f"job.sampling.{key}"))
 
 
 def _check_known(what: str, names: Sequence[str], known: Registry[Any], origins: Origins) -> None:
@@ -140,6 +198,14 @@ def check_model(name: str, model: ModelConfig) -> None:
         from gym_bus.models.replay import ReplayModel
 
         ReplayModel(model.file, name=name)
+
+
+async def reach(config: Config) -> None:
+    """Raise BusError where the configured server does not answer."""
+    from gym_bus.bus import Bus
+
+    async with await Bus.connect(config.bus):
+        pass
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import msgspec
@@ -142,9 +142,9 @@ def _task(request: Request) -> Task:
     return Task(rollout=request.rollout, number=request.number, row=row, params=params)
 
 
-async def _within(run: Any, limit_s: float) -> Produced:
+async def _within(run: Coroutine[Any, Any, Produced], limit_s: float) -> Produced:
     try:
-        produced: Produced = await asyncio.wait_for(run, limit_s)
+        async with asyncio.timeout(limit_s):
+            return await run
     except TimeoutError:
         raise DeadlineExceeded(f"the rollout ran past its {limit_s:g} s") from None
-    return produced

@@ -25,7 +25,8 @@ T = TypeVar("T")
 
 BATCH = 1024
 BATCH_BYTES = 16 * 2**20
-_INDICES = re.compile(rb',?\s*"_ng_task_index":\s*(\d+),\s*"_ng_rollout_index":\s*(\d+)\s*\}\s*$')
+_FIRST_INDEX = b'"_ng_task_index"'
+_INDICES = re.compile(_FIRST_INDEX + rb':\s*(\d+),\s*"_ng_rollout_index":\s*(\d+)\s*\}\s*$')
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,11 +82,12 @@ def _read(file: BinaryIO, path: Path) -> Iterator[InputRow]:
 
 def input_row(line: bytes, path: Path, number: int = 0) -> InputRow:
     """A line of the materialized inputs in its parts. Raises DataError where it is none."""
-    found = _INDICES.search(line)
+    at = line.rfind(_FIRST_INDEX)  # from the end: the row before it may be large
+    found = _INDICES.match(line, at) if at >= 0 else None
     if not found:
         where = f"{path}:{number}" if number else f"{path}"
         raise DataError(f"{where}: not a materialized input: it does not end in its two index keys")
-    return InputRow(int(found[1]), int(found[2]), line[: found.start()] + b"}")
+    return InputRow(int(found[1]), int(found[2]), line[:at].rstrip().removesuffix(b",") + b"}")
 
 
 def message_id(rollout: RolloutId, number: int, issue: int = 0) -> str:
