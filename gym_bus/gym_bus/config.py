@@ -83,8 +83,12 @@ FLAT = {
     "hf_organization": "registry.hf_organization",
     "hf_dataset_prefix": "registry.hf_dataset_prefix",
     "hf_collection": "registry.hf_collection",
+    "responses_create_params": "job.sampling",
 }
 """NeMo Gym's top-level keys, and the settings that they are. They may stand wherever a setting may."""
+
+NEVER_SECRET = frozenset({"responses_create_params"})
+"""Of them, those whose values may be shown wherever they stand."""
 
 ENV_FILE = Path("env.yaml")
 """Variables and secrets, in the working directory."""
@@ -338,20 +342,21 @@ def resolve(
     *,
     env_file: Path | None = None,
     base: Sequence[Layer] = (),
+    over: Sequence[Layer] = (),
 ) -> Resolved:
-    """As `load_config`, before keys and types are checked."""
+    """As `load_config`, before keys and types are checked; `over` wins over everything but `key=value`."""
     env, usual = _read(env_file) if env_file is not None and env_file.exists() else (None, [])
     named, given = file_layers(files or usual), override_layers(overrides)
-    with_policy = any("policy_base_url" in layer.values for layer in (*([env] if env else []), *named, *given))
+    with_policy = any("policy_base_url" in layer.values for layer in (*base, *([env] if env else []), *named, *given))
     flat = [_flat(env, with_policy)] if env else []
-    layers = [*base, *flat, *_with_flat(named, with_policy)]
+    layers = [*_with_flat(base, with_policy), *flat, *_with_flat(named, with_policy)]
     layers += [env] if env else []
-    layers += _with_flat(given, with_policy)
+    layers += [*over, *_with_flat(given, with_policy)]
     written, origins = merge_layers(layers)
     remedy = "as key=value, or in a file that is read later"
     values = interpolate(written, origins, remedy=remedy, lacking=_lacking(env))
     names = (set(env.values if env else ()) - set(Config.__struct_fields__)) | FLAT.keys()
-    variables = {key: value for key, value in values.items() if key in names}
+    variables = {key: value for key, value in values.items() if key in names - NEVER_SECRET}
     settings = {key: value for key, value in values.items() if key not in names}
     return Resolved(settings, written, variables, origins)
 

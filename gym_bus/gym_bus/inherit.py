@@ -69,7 +69,7 @@ class _Inheritance:
             return MISSING
         if not isinstance(taken, dict):
             raise self._error(join(at, INHERIT), "it names no block of keys, so nothing can be set beside it")
-        return _merge(_without(taken, self._deleted(value, own, taken, at)), own)
+        return merged(_without(taken, self._deleted(value, own, taken, at)), own)
 
     def _source(self, source: Any, at: str, trail: tuple[str, ...], *, move: bool) -> Any:
         """The block that `source` names, its own directives applied."""
@@ -122,10 +122,10 @@ def _without(values: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in keys}
 
 
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Mappings merged key by key; everything else, lists too, replaced."""
-    merged = dict(under)
+    made = dict(under)
     for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
+        below = made.get(key)
+        made[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return made

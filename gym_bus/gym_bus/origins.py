@@ -23,11 +23,18 @@ class Layer(msgspec.Struct, frozen=True):
     path: Path | None = None
     """The YAML file that it was read from."""
     written: Mapping[str, str] = {}
-    """The key as it stands in the file, by the dotted key that it sets, where the two differ."""
+    """The key as it stands in the file, by the dotted key that it sets, where the two differ; with what lies within."""
 
     def origin(self, key: str) -> str:
         """`file:line` of a dotted key; the layer's name where no line is known."""
-        return self.name if self.path is None else written_at(self.path, self.written.get(key, key))
+        return self.name if self.path is None else written_at(self.path, self.as_written(key))
+
+    def as_written(self, key: str) -> str:
+        """The key as it stands in the file."""
+        above = key
+        while above and above not in self.written:
+            above = parent(above)
+        return self.written[above] + key[len(above) :] if above else key
 
 
 def written_at(path: Path, key: str) -> str:

@@ -159,6 +159,8 @@ class ModelConfig(_Section, frozen=True):
     """Find out how many calls the endpoint takes at a time, all workers together, and have the others wait."""
     file: str | None = None
     """Replay only: the JSONL file of recorded answers."""
+    cycle: bool = False
+    """Replay only: begin again with a task's first answer where it has fewer than rollouts; for load tests."""
     simulated: SimulatedConfig = SimulatedConfig()
 
 
@@ -244,7 +246,7 @@ class JobConfig(_Section, frozen=True):
     verifier_options: dict[str, Any] = {}
     """Win over the benchmark's verifier options."""
     seeds: Count | None = None
-    """Rollout i of each task asks the model for the seed `seeds + i`, in the request's extra body; null for no seeds."""
+    """Rollout i of each task asks the model for the seed `seeds + i`, in the request's extra body; null for none."""
     limit_s: Seconds = 3600.0
     """Wall-clock seconds of one rollout's generation."""
     lane: str = "batch"

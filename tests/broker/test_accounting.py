@@ -138,5 +138,6 @@ async def test_only_an_older_failure_makes_room(bus: Bus) -> None:
     await publish(bus, failed(0, 0), failed(0, 1, number=2), scored(1, 0))
     at = [RolloutId("job", 0, 0), RolloutId("job", 0, 1), RolloutId("job", 1, 0), RolloutId("job", 1, 1)]
     assert [await make_room(bus, rollout, 2) for rollout in at] == [True, False, False, True]
-    left = await bus.recorded(subjects.RESULTS, subjects.results_of("job"))
+    results = bus.outcomes(subjects.RESULTS, subjects.results_of("job"))
+    left = {(o.task_index, o.rollout_index) async for o in results}
     assert left == {(0, 1), (1, 0)}

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,10 @@ def choices(tmp_path: Path) -> Path:
     rows = [{"question": f"Question {i}?", "options": options, "expected_answer": "ABC"[i % 3]} for i in range(300)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def wait_for(condition: object, limit_s: float = 60.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "never true"
+        time.sleep(0.02)

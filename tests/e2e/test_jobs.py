@@ -8,11 +8,10 @@ import os
 import re
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
-from e2e.conftest import Cli, rows_of
+from e2e.conftest import Cli, rows_of, wait_for
 
 from gym_bus.server import free_port
 
@@ -68,13 +67,6 @@ def test_a_killed_run_is_resumed_by_the_same_command(cli: Cli, choices: Path) ->
     summary = cli.json(*command, *slow)
     assert (summary["scored"], summary["failed"]) == (1200, 0)
     every_rollout_has_one_line(cli.folder / "out", 1200)
-
-
-def wait_for(condition: object, limit_s: float = 60.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "never true"
-        time.sleep(0.02)
 
 
 def test_an_unreachable_model_ends_in_failures_with_their_class_and_exit_1(cli: Cli, choices: Path) -> None:

@@ -323,10 +323,10 @@ def test_repeats_stand_together_and_go_on_over_the_rows_of_a_task(tmp_path: Path
 
 
 def test_each_rollout_may_ask_for_a_seed_of_its_own(tmp_path: Path) -> None:
-    rows = [r.row for r in expand(tasks(a_file(tmp_path, a_row())), 2, add_seed=True)]
+    rows = [r.row for r in expand(tasks(a_file(tmp_path, a_row(), a_row("b"))), 2, seeds=7)]
 
     bodies = [json.loads(row)["responses_create_params"]["metadata"]["extra_body"] for row in rows]
-    assert bodies == ['{"seed":0}', '{"seed":1}']
+    assert bodies == ['{"seed":7}', '{"seed":8}'] * 2
 
 
 def test_a_seed_joins_the_extra_body_and_the_metadata_that_are_there() -> None:

@@ -3,12 +3,16 @@ from __future__ import annotations
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gym_bus.agents.registry import TOOLBOXES
 from gym_bus.benchmarks import spec as spec_module
-from gym_bus.benchmarks.spec import data_path, list_benchmarks, load_benchmark
+from gym_bus.benchmarks.prompt import Prompt
+from gym_bus.benchmarks.spec import Benchmark, brings_code, data_path, list_benchmarks, load_benchmark
 from gym_bus.errors import ConfigError, UsageError
+from gym_bus.origins import Layer
 
 BUILTIN = {"aime24", "example_multi_step", "gsm8k", "humaneval", "math500", "mbpp", "mmlu_stem"}
 
@@ -164,3 +168,88 @@ def test_the_first_dataset_is_the_main_one_where_none_is_a_benchmark(tmp_path: P
 def test_an_unknown_dataset_is_answered_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match="benchmark 'gsm8k' has no dataset 'tran': did you mean 'train'"):
         load_benchmark("gsm8k").dataset("tran")
+
+
+# what a job wants otherwise
+
+
+def changed(folder: Path, *changes: dict[str, Any]) -> Benchmark:
+    return load_benchmark(str(folder), [Layer(f"change {i}", change) for i, change in enumerate(changes)])
+
+
+def test_a_job_may_change_parts_of_a_benchmark_later_changes_winning(tmp_path: Path) -> None:
+    text = GOOD.replace("{name: math}", "{name: math, options: {strip_think: false, text_limit: 9}}")
+
+    found = changed(
+        a_folder(tmp_path, text),
+        {"verifier": {"options": {"text_limit": 8}}, "num_repeats": 2, "agent": {"options": {"max_steps": 1}}},
+        {"verifier": {"options": {"strip_think": True}}, "num_repeats": 3},
+    )
+
+    assert found.spec.verifier.options == {"strip_think": True, "text_limit": 8}
+    assert (found.spec.agent.name, found.spec.agent.options, found.num_repeats) == ("simple", {"max_steps": 1}, 3)
+    assert found.origins["verifier.options.text_limit"] == "change 0"
+    assert load_benchmark(str(tmp_path)).spec.verifier.options == {"strip_think": False, "text_limit": 9}
+
+
+def test_another_verifier_or_agent_does_not_get_the_options_of_the_one_before(tmp_path: Path) -> None:
+    text = GOOD.replace("{name: math}", "{name: math, options: {strip_think: false}}")
+    text += "agent: {name: simple, options: {max_steps: 4}}\n"
+
+    spec = changed(a_folder(tmp_path, text), {"verifier": {"name": "mcqa"}, "agent": {"name": "other"}}).spec
+
+    assert (spec.verifier.name, spec.verifier.options) == ("mcqa", {})
+    assert (spec.agent.name, spec.agent.options) == ("other", {})
+
+
+def test_a_changed_prompt_takes_the_place_of_the_whole_prompt(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path, GOOD.replace('{user: "{question}"}', '{system: Be brief., user: "{question}"}'))
+    (tmp_path / "mine.yaml").write_text("user: 'Q: {question}'\n")
+
+    by_file = changed(folder, {"prompt_config": str(tmp_path / "mine.yaml")}).spec.prompt
+    by_text = changed(folder, {"prompt": {"user": "{question}!"}}).spec.prompt
+
+    assert by_file == Prompt(user="Q: {question}")
+    assert by_text == Prompt(user="{question}!")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"verifer": {}}, "unknown key 'verifer': did you mean 'verifier'"),
+        ({"datasets": []}, "unknown key 'datasets'"),
+        ({"verifier": {"option": {}}}, "unknown key 'verifier.option': did you mean 'options'"),
+        ({"num_repeats": 0}, "key 'num_repeats'"),
+        ({"prompt": {"user": "{a b}"}}, "key 'prompt.user'"),
+        ({"prompt_config": "none.yaml"}, "no file 'none.yaml'"),
+    ],
+)
+def test_what_a_job_cannot_change_is_named(tmp_path: Path, change: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        changed(a_folder(tmp_path), change)
+
+    assert str(refused.value).startswith("change 0: ")
+    assert what in str(refused.value)
+
+
+# tools of a folder's own
+
+
+def test_a_folder_may_bring_the_tools_of_its_agent_along(tmp_path: Path) -> None:
+    text = f"{GOOD}toolbox: {{name: {tmp_path.name}, code: 'tools.py:Tools'}}\n"
+    (tmp_path / "tools.py").write_text("class Tools:\n    pass\n")
+
+    spec = load_benchmark(str(a_folder(tmp_path, text))).spec
+
+    assert spec.agent.options == {"toolbox": tmp_path.name}
+    assert brings_code(spec)
+    assert TOOLBOXES.load(tmp_path.name).__name__ == "Tools"
+    other = changed(tmp_path, {"agent": {"options": {"toolbox": "python"}}}).spec
+    assert other.agent.options == {"toolbox": "python"}
+
+
+def test_tools_that_are_not_there_are_named_with_the_line(tmp_path: Path) -> None:
+    a_folder(tmp_path, f"{GOOD}toolbox:\n  name: mine\n  code: tools.py:Tools\n")
+
+    with pytest.raises(ConfigError, match=r"config\.yaml:10: key 'toolbox\.code': 'tools\.py:Tools' is not file\.py"):
+        load_benchmark(str(tmp_path))

@@ -206,6 +206,37 @@ def test_a_benchmark_is_shown_as_a_job_would_use_it(gym_bus: GymBus) -> None:
     assert found["sources"]["benchmark.domain"] == "mine/config.yaml:2"
 
 
+def test_a_job_may_change_its_benchmark_and_its_sampling(gym_bus: GymBus, folder: Path) -> None:
+    (folder / "top.yaml").write_text("log_level: info\nresponses_create_params:\n  max_output_tokens: 4096\n")
+    change = ("benchmark.verifier.options.strip_think=true", "++benchmark.num_repeats=4", "models.m.model=m4096")
+
+    found = json.loads(gym_bus("config", "resolve", "./mine", "--config", "top.yaml", *change, "--json").out)
+
+    benchmark, sources = found["values"]["benchmark"], found["sources"]
+    assert (benchmark["verifier"]["options"], benchmark["num_repeats"]) == ({"strip_think": True}, 4)
+    assert sources["benchmark.verifier.options.strip_think"] == "argument benchmark.verifier.options.strip_think=..."
+    assert found["values"]["job"]["sampling"] == {"max_output_tokens": 4096}
+    assert sources["job.sampling.max_output_tokens"] == "top.yaml:3"
+    assert found["values"]["models"]["m"]["model"] == "m4096"  # a sampling parameter is no secret to look for
+
+
+@pytest.mark.parametrize(
+    ("argument", "what"),
+    [
+        ("responses_create_params.temperatur=1", "unknown key 'temperatur': did you mean 'temperature'"),
+        ("job.sampling.top_p=x", "argument job.sampling.top_p=...: responses_create_params.top_p: expected a number"),
+        ("responses_create_params=1", "argument responses_create_params=...: key 'job.sampling': expected `object`"),
+        ("job.seeds=-1", "argument job.seeds=...: key 'job.seeds'"),
+        ("benchmark.verifer.name=math", "argument benchmark.verifer.name=...: unknown key 'verifer'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_of_a_model_or_a_benchmark_is_refused(gym_bus: GymBus, argument: str, what: str) -> None:
+    said = gym_bus("config", "resolve", "./mine", argument)
+
+    assert said.code == 2
+    assert what in said.err
+
+
 def test_defaults_are_shown_on_request(gym_bus: GymBus) -> None:
     found = json.loads(gym_bus("config", "resolve", "--all", "agent.concurrency=3", "--json").out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ def test_texts_are_columns_where_they_are_asked_for(tmp_path: Path) -> None:
 
     assert frame["input_text"].tolist() == ["please: what is 0?", "please: what is 1?"]
     assert frame["output_text"].tolist() == ["task 0 makes 0", ""]
+
+
+def test_half_a_character_in_a_text_is_replaced(tmp_path: Path) -> None:
+    told = line(0, 0, responses_create_params={"input": "why \ud83d?"}, response={"output": [message("so \udc00")]})
+    (tmp_path / "rollouts.jsonl").write_text(json.dumps(told) + "\n")
+
+    frame = load(tmp_path, texts=True)
+
+    assert (frame["input_text"][0], frame["output_text"][0]) == ("why \ufffd?", "so \ufffd")
 
 
 def test_several_jobs_are_told_apart_by_their_ids(tmp_path: Path) -> None:

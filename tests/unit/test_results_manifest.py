@@ -109,7 +109,7 @@ def test_every_field_but_four_is_compared() -> None:
     free = {"job", "created_at", "gym_bus_version", "merged"}
     for field in msgspec.structs.fields(Manifest):
         value = getattr(manifest(), field.name)
-        changed = {str: "changed", int: 999, float: 9.5, dict: {"changed": 1}, list: ["x"]}[type(value)]
+        changed = {str: "changed", int: 999, float: 9.5, dict: {"changed": 1}, list: ["x"], type(None): 1}[type(value)]
         found = differences(manifest(), manifest(**{field.name: changed}))
         assert len(found) == (field.name not in free), field.name
 

@@ -177,3 +177,15 @@ def test_a_folder_without_one_rollouts_file_is_refused(tmp_path: Path, names: li
         JobFiles.found_at(tmp_path)
     with pytest.raises(UsageError, match="no such file or folder"):
         JobFiles.found_at(tmp_path / "none")
+
+
+def test_lines_with_half_a_character_are_merged_and_known_again(tmp_path: Path) -> None:
+    said = row(0, 0, reward=1.0, note="half \ud83d", spread=float("nan"))
+    jobs = [
+        job(tmp_path / name, [row(0, 0)], [dict(reversed(said.items()))] if name == "b" else [said]) for name in "ab"
+    ]
+
+    merged = merge_jobs(jobs, JobFiles(tmp_path / "all"))
+
+    assert (merged.rollouts, merged.repeated) == (1, 1)
+    assert profile_job(JobFiles(tmp_path / "all")).counts.scored == 1

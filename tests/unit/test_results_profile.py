@@ -14,7 +14,7 @@ from gym_bus.errors import DataError, FailureKind, UsageError
 from gym_bus.messages import Failed, Failure, Policy, RolloutId, Scored
 from gym_bus.results.files import JobFiles
 from gym_bus.results.manifest import Manifest
-from gym_bus.results.profile import Counts, Options, differences_of_profile, is_foreign, profile_job
+from gym_bus.results.profile import Counts, Options, differences_of_profile, foreign_file, profile_job
 from gym_bus.results.writer import ResultsWriter
 
 
@@ -300,13 +300,22 @@ def test_the_files_can_go_elsewhere(files: JobFiles, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "foreign"),
-    [('[{"agent_ref": {}, "key_metrics": {}}]', True), ('[{"gym_bus": {}}]', False), ("[]", False), ("[", False)],
+    ("name", "content", "foreign"),
+    [
+        ("aggregate", '[{"agent_ref": {}, "key_metrics": {}}]', True),
+        ("aggregate", '[{"gym_bus": {}}]', False),
+        ("aggregate", "[]", False),
+        ("aggregate", "[", False),
+        ("profile", '{"_ng_task_index": 0, "mean/reward": 1.0}\n{"_ng_task_index": 1}\n', True),
+        ("profile", '{"_ng_task_index": 0, "failed_num_rollouts": 0}\n', False),
+        ("profile", "", False),
+    ],
 )
-def test_an_aggregate_of_nemo_gyms_is_told_from_ours(files: JobFiles, content: str, foreign: bool) -> None:
-    files.aggregate.write_text(content)
+def test_what_nemo_gym_wrote_is_told_from_ours(files: JobFiles, name: str, content: str, foreign: bool) -> None:
+    path: Path = getattr(files, name)
+    path.write_text(content)
 
-    assert is_foreign(files.aggregate) is foreign
+    assert foreign_file(files) == (path if foreign else None)
 
 
 def test_the_torn_last_line_of_a_running_job_is_passed_over(files: JobFiles) -> None:

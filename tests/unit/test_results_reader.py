@@ -11,7 +11,7 @@ import pytest
 
 from gym_bus.errors import DataError
 from gym_bus.results.files import JobFiles
-from gym_bus.results.reader import decode_line, iter_jsonl, iter_lines, join_rollouts
+from gym_bus.results.reader import decode_line, decode_lines, iter_jsonl, iter_lines, join_rollouts, mended
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:
@@ -95,26 +95,29 @@ def test_fields_that_the_rollout_lost_come_from_its_input(tmp_path: Path) -> Non
     assert "gym_bus" not in json.loads(second.row)
 
 
-def test_a_field_that_the_rollout_has_is_not_taken_from_the_inputs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", ["forty-two", None])
+def test_the_row_is_the_inputs_one_whatever_the_verifiers_reply_had_under_its_names(
+    tmp_path: Path, stored: str | None
+) -> None:
     inputs = write(tmp_path / "in.jsonl", materialized(0, 0, expected_answer="42"))
-    rollouts = write(tmp_path / "out.jsonl", rollout(0, 0, expected_answer="forty-two"))
-
-    (joined,) = join_rollouts(inputs, rollouts)
-
-    assert json.loads(joined.row)["expected_answer"] == "forty-two"
-
-
-def test_a_field_that_the_rollout_has_as_null_is_taken_from_the_inputs(tmp_path: Path) -> None:
-    inputs = write(tmp_path / "in.jsonl", materialized(0, 0, expected_answer="42"))
-    rollouts = write(tmp_path / "out.jsonl", rollout(0, 0, expected_answer=None))
+    rollouts = write(tmp_path / "out.jsonl", rollout(0, 0, expected_answer=stored))
 
     (joined,) = join_rollouts(inputs, rollouts)
 
     assert json.loads(joined.row)["expected_answer"] == "42"
 
 
+def test_only_the_wanted_lines_are_joined_and_tasks_are_still_counted_by_all(tmp_path: Path) -> None:
+    inputs = write(tmp_path / "in.jsonl", {"q": "a"}, {"q": "b"}, {"q": "c"})
+    rollouts = write(tmp_path / "out.jsonl", {}, {"response": {"output": []}}, {"reward": 1.0})
+
+    (joined,) = join_rollouts(inputs, rollouts, only={2})
+
+    assert (joined.number, joined.task_index, json.loads(joined.row)) == (2, 1, {"q": "b"})
+
+
 def test_rollouts_alone_carry_their_own_rows(tmp_path: Path) -> None:
-    rollouts = write(tmp_path / "out.jsonl", rollout(4, 2, expected_answer="42", _ng_attempt_index=1))
+    rollouts = write(tmp_path / "out.jsonl", rollout(4, 2, expected_answer="42", _ng_attempt_index=1, ng_trajectory={}))
 
     (joined,) = join_rollouts(None, rollouts)
 
@@ -151,6 +154,8 @@ def test_inputs_with_byte_order_mark_and_leading_blanks_are_found_again(tmp_path
         ([materialized(0, 0), materialized(0, 0)], [rollout(0, 0)], r"in.jsonl:2: a second row for task 0, rollout 0"),
         ([materialized(0, 0)], [rollout(0, 0, response=None)], r"out.jsonl:1: no response"),
         ([materialized(0, 0)], [{"_ng_task_index": 0}], r"out.jsonl:1: no response"),
+        ([materialized(0, 0)], [rollout(0, 0, response={"output": None})], r"out.jsonl:1: its response .*`output`"),
+        ([materialized(0, 0)], [rollout(0, 0, response=[])], r"out.jsonl:1: its response is no Responses object"),
         ([materialized("x", 0)], [rollout(0, 0)], r"in.jsonl:1: .*_ng_task_index"),  # type: ignore[arg-type]
     ],
 )
@@ -186,3 +191,50 @@ def test_rows_of_a_data_set_stand_for_every_rollout_of_their_task(tmp_path: Path
     rollouts = write(tmp_path / "out.jsonl", rollout(1, 0), rollout(1, 1), rollout(0, 3))
 
     assert [json.loads(j.row)["q"] for j in join_rollouts(inputs, rollouts)] == ["b", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (r'{"a": "\ud83d"}', "\ufffd"),
+        (r'{"a": "x\udE00\uD83dy"}', "x\ufffd\ufffdy"),
+        (r'{"a": "\ud83d\ud83d\ude00"}', "\ufffd\U0001f600"),
+        (r'{"\udc00": 1, "a": 2}', 2),
+        (r'{"a": "\\ud83d \ud83d"}', r"\ud83d" + " \ufffd"),
+        ('{"a": NaN}', None),
+        ('{"a": [-Infinity, Infinity, "NaN -Infinity \\" NaN"]}', [None, None, 'NaN -Infinity " NaN']),
+        ('{"a": 123456789012345678901234567890}', 123456789012345678901234567890),
+    ],
+)
+def test_what_pythons_json_writes_and_json_has_not_is_mended(tmp_path: Path, written: str, read: Any) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{{"a": 0}}\n{written}\n')
+
+    (_, first), (line, second) = decode_lines(path, msgspec.json.Decoder(dict[str, Any]), unended_ok=False)
+
+    assert (first["a"], second["a"]) == (0, read)
+    assert json.loads(line.data)["a"] == read
+    assert decode_line(msgspec.json.Decoder(dict[str, Any]), written.encode(), path, 2)["a"] == read
+
+
+@pytest.mark.parametrize("line", ["{}", r'{"a": "\ud83d\ude00 \\ud83d \n\" NaN", "NaN": -1e5, "Infinity": "\u00e9"}'])
+def test_json_has_nothing_to_mend(line: str) -> None:
+    assert mended(line.encode()) == line.encode()
+
+
+@pytest.mark.parametrize("line", ['{"a": nan}', '{"a": NaN', '{"a": "\\ud83"}', "{'a': NaN}"])
+def test_what_no_json_module_reads_stays_refused(line: str) -> None:
+    with pytest.raises(DataError, match="x:1: not valid JSON"):
+        decode_line(msgspec.json.Decoder(dict[str, Any]), line.encode(), Path("x"), 1)
+
+
+def test_half_a_character_in_a_rollout_or_its_input_does_not_stop_the_join(tmp_path: Path) -> None:
+    inputs = write(tmp_path / "in.jsonl", materialized(0, 0, question="why \ud83d?", score=float("nan")))
+    message = {"type": "message", "content": [{"type": "output_text", "text": "so \udc00 \\boxed{A}"}]}
+    rollouts = write(tmp_path / "out.jsonl", rollout(0, 0, response={"output": [message]}, spread=float("inf")))
+
+    (joined,) = join_rollouts(inputs, rollouts)
+
+    row = json.loads(joined.row)
+    assert (row["question"], row["score"], row["spread"]) == ("why \ufffd?", None, None)
+    assert json.loads(joined.response)["output"][0]["content"][0]["text"] == "so \ufffd \\boxed{A}"

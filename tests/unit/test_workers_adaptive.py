@@ -137,14 +137,14 @@ def test_a_run_that_comes_back_goes_on_with_the_plan_that_it_has(job: Job) -> No
 
 
 def test_every_further_rollout_has_a_seed_of_its_own_where_the_first_ones_have(job: Job) -> None:
-    run = adapting(job, add_seed=True)
+    run = adapting(job, seeds=100)
     score(run)
     run.advance()
 
     for line in job.files.inputs.read_text().splitlines()[2 * TASKS :]:
         row = json.loads(line)
         body = row["responses_create_params"]["metadata"]["extra_body"]
-        assert json.loads(body) == {"seed": row["_ng_rollout_index"]}
+        assert json.loads(body) == {"seed": 100 + row["_ng_rollout_index"]}
 
 
 def test_limits_end_it_and_it_says_so(job: Job) -> None:

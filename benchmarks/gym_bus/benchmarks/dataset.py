@@ -64,7 +64,7 @@ class RolloutRow(msgspec.Struct, frozen=True):
     task_index: int
     rollout_index: int
     row: bytes
-    """As in `TaskRow`; with `add_seed` it differs from rollout to rollout."""
+    """As in `TaskRow`; with seeds it differs from rollout to rollout."""
 
 
 class Examined(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,18 +230,18 @@ def examine(
         yield Examined(line=line, row=row, params=params, problem=problem, same_as=same_as if same_as != line else None)
 
 
-def expand(tasks: Iterable[TaskRow], repeats: int, *, add_seed: bool = False) -> Iterator[RolloutRow]:
+def expand(tasks: Iterable[TaskRow], repeats: int, *, seeds: int | None = None) -> Iterator[RolloutRow]:
     """The rollouts of each task, `repeats` per row, tasks in order: a b c gives a a b b c c.
 
     Args:
         tasks: as `materialize` yields them.
         repeats: rollouts per row.
-        add_seed: ask the model for a seed of its own in each rollout: its rollout index.
+        seeds: ask the model for a seed of its own in each rollout: this number plus the rollout's index.
     """
     for task in tasks:
         first = task.occurrence * repeats
         for rollout_index in range(first, first + repeats):
-            row = with_seed(task.row, rollout_index) if add_seed else task.row
+            row = task.row if seeds is None else with_seed(task.row, seeds + rollout_index)
             yield RolloutRow(task.task_index, rollout_index, row)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,7 +17,8 @@ from gym_bus.benchmarks.nemo_gym import NO_MODEL, is_nemo_gym, translate
 from gym_bus.benchmarks.prompt import Prompt, check_prompt, read_prompt
 from gym_bus.config import check, file_layers, find_file, interpolate, merge_layers
 from gym_bus.errors import ConfigError, UsageError, did_you_mean
-from gym_bus.origins import Origins
+from gym_bus.inherit import merged
+from gym_bus.origins import Layer, Origins
 from gym_bus.registry import offer
 
 DOMAINS = (
@@ -59,6 +60,8 @@ GROUP = "gym_bus.benchmarks"
 
 CONFIG = "config.yaml"
 
+DEFAULT_AGENT = "simple"
+
 DatasetType = Literal["train", "validation", "example", "benchmark"]
 
 
@@ -71,6 +74,14 @@ class PartSpec(_Section, frozen=True, kw_only=True):
 
     name: str
     options: dict[str, Any] = {}
+    code: str | None = None
+    """`file.py:Class` in the benchmark's folder, where the benchmark brings it along; null for a registered one."""
+
+
+class ToolboxSpec(_Section, frozen=True, kw_only=True):
+    """The tools that the agent is given; the same as its option `toolbox`."""
+
+    name: str
     code: str | None = None
     """`file.py:Class` in the benchmark's folder, where the benchmark brings it along; null for a registered one."""
 
@@ -148,7 +159,8 @@ class BenchmarkSpec(_Section, frozen=True, kw_only=True):
     description: str = ""
     verified: bool = False
     """Whether its scores were compared with published ones."""
-    agent: PartSpec = PartSpec(name="simple")
+    agent: PartSpec = PartSpec(name=DEFAULT_AGENT)
+    toolbox: ToolboxSpec | None = None
     verifier: PartSpec
     audit: AuditSpec = AuditSpec()
     prompt: Prompt | None = None
@@ -156,6 +168,24 @@ class BenchmarkSpec(_Section, frozen=True, kw_only=True):
     prompt_config: str | None = None
     """The same as a file of its own, found as `config_paths` are."""
     datasets: Annotated[tuple[DatasetSpec, ...], Meta(min_length=1)]
+
+
+class PartChange(_Section, frozen=True, kw_only=True):
+    """Another agent or verifier, or other options of the same."""
+
+    name: str | None = None
+    options: dict[str, Any] = {}
+
+
+class BenchmarkChange(_Section, frozen=True, kw_only=True):
+    """What one job may change in its benchmark's configuration: arguments `benchmark.KEY=value`, parts of a suite."""
+
+    num_repeats: Annotated[int, Meta(ge=1)] | None = None
+    """Rollouts per task, of whichever dataset."""
+    agent: PartChange = PartChange()
+    verifier: PartChange = PartChange()
+    prompt: Prompt | None = None
+    prompt_config: str | None = None
 
 
 class Benchmark(msgspec.Struct, frozen=True):
@@ -173,6 +203,8 @@ class Benchmark(msgspec.Struct, frozen=True):
     """Where each key of the specification was written."""
     config: str = CONFIG
     """Name of its configuration file in the folder."""
+    num_repeats: int | None = None
+    """Rollouts per task, where a change says so; None for the dataset's own."""
 
     def dataset(self, which: str | None = None) -> DatasetSpec:
         """The dataset of that type or of that name; without one, the main one.
@@ -228,25 +260,29 @@ def data_path(benchmark: Benchmark, data_dir: Path, which: str | None = None) ->
     return data_dir / benchmark.spec.name / dataset.jsonl_fpath
 
 
-def load_benchmark(name_or_path: str) -> Benchmark:
+def load_benchmark(name_or_path: str, changes: Sequence[Layer] = ()) -> Benchmark:
     """A built-in benchmark, one of an installed package, or the folder or `config.yaml` at a path.
 
     A name wins over a folder of that name in the working directory; `./name` means the folder.
 
+    Args:
+        name_or_path: which.
+        changes: what a job wants otherwise, keys as in `BenchmarkChange`; later ones win.
+
     Raises:
         UsageError: there is none; close matches are named.
-        ConfigError: its `config.yaml` is wrong; the file and the key are named.
+        ConfigError: its `config.yaml` is wrong, or a change is; the file and the key are named.
     """
     known = _found()
     if (added := _added.get(name_or_path)) and known[name_or_path] == (added.parent, None):
-        return _with_code(_load(added.parent, config=added.name))
+        return _with_code(_load(added.parent, config=added.name, changes=changes))
     if name_or_path in known:
-        return _with_code(_load(*known[name_or_path]))
+        return _with_code(_load(*known[name_or_path], changes=changes))
     path = Path(name_or_path)
     if path.is_dir() and (path / CONFIG).is_file():
-        return _with_code(_load(path))
+        return _with_code(_load(path, changes=changes))
     if path.is_file():
-        return _with_code(_load(path.parent, config=path.name))
+        return _with_code(_load(path.parent, config=path.name, changes=changes))
     if path.is_dir():
         raise UsageError(f"{path}: the folder has no {CONFIG}, so it is no benchmark")
     if "/" in name_or_path:
@@ -255,10 +291,10 @@ def load_benchmark(name_or_path: str) -> Benchmark:
 
 
 def _with_code(benchmark: Benchmark) -> Benchmark:
-    """Have the registries know the agent and the verifier that the benchmark brings along."""
-    for kind in ("agent", "verifier"):
-        part: PartSpec = getattr(benchmark.spec, kind)
-        if part.code is None:
+    """Have the registries know the agent, the tools and the verifier that the benchmark brings along."""
+    for kind, group in (("agent", "agents"), ("toolbox", "toolboxes"), ("verifier", "verifiers")):
+        part: PartSpec | ToolboxSpec | None = getattr(benchmark.spec, kind)
+        if part is None or part.code is None:
             continue
         file, _, attribute = part.code.partition(":")
         path, where = (benchmark.folder / file).resolve(), benchmark.origins.nearest(f"{kind}.code")
@@ -266,13 +302,13 @@ def _with_code(benchmark: Benchmark) -> Benchmark:
             raise ConfigError(
                 f"{where}: key '{kind}.code': {part.code!r} is not file.py:Class of a file in {benchmark.folder}"
             )
-        offer(f"gym_bus.{kind}s", subjects.token(part.name, kind), f"{path}:{attribute}")
+        offer(f"gym_bus.{group}", subjects.token(part.name, kind), f"{path}:{attribute}")
     return benchmark
 
 
 def brings_code(spec: BenchmarkSpec) -> bool:
     """Whether the benchmark's own code must run on the workers."""
-    return spec.agent.code is not None or spec.verifier.code is not None
+    return any(part is not None and part.code is not None for part in (spec.agent, spec.toolbox, spec.verifier))
 
 
 def known_benchmarks() -> tuple[str, ...]:
@@ -374,7 +410,9 @@ def _installed() -> Iterator[tuple[str, Path, str | None]]:
         yield entry.name, Path(next(iter(places or []), entry.value)), entry.value
 
 
-def _load(folder: Path, package: str | None = None, *, config: str = CONFIG) -> Benchmark:
+def _load(
+    folder: Path, package: str | None = None, *, config: str = CONFIG, changes: Sequence[Layer] = ()
+) -> Benchmark:
     path = folder / config
     layers = file_layers([path])
     resolve = partial(
@@ -389,7 +427,13 @@ def _load(folder: Path, package: str | None = None, *, config: str = CONFIG) -> 
         root, instance = None, ""
         written, origins = merge_layers(layers, str(path))
         values = resolve(written, origins)
-    spec = _with_prompt(check(BenchmarkSpec, values, origins), path, origins)
+    num_repeats = None
+    for layer in changes:
+        change = check(BenchmarkChange, layer.values, _origins_of(layer))
+        num_repeats = change.num_repeats or num_repeats
+        values = _changed(values, layer.values, change)
+        origins.add(layer)
+    spec = _with_toolbox(_with_prompt(check(BenchmarkSpec, values, origins), path, origins))
     _check(spec, origins)
     return Benchmark(
         spec=spec,
@@ -399,7 +443,36 @@ def _load(folder: Path, package: str | None = None, *, config: str = CONFIG) -> 
         instance=instance or f"{spec.name}_{spec.agent.name}_agent",
         origins=origins,
         config=config,
+        num_repeats=num_repeats,
     )
+
+
+def _origins_of(layer: Layer) -> Origins:
+    origins = Origins(layer.name)
+    origins.add(layer)
+    return origins
+
+
+def _changed(values: dict[str, Any], given: dict[str, Any], change: BenchmarkChange) -> dict[str, Any]:
+    """The benchmark's values with a change. What another agent, verifier or prompt takes the place of goes."""
+    under = {"agent": {"name": DEFAULT_AGENT}, **values}
+    for kind, part in (("agent", change.agent), ("verifier", change.verifier)):
+        if isinstance(below := under.get(kind), dict) and part.name not in (None, below.get("name")):
+            del under[kind]
+            if kind == "agent":
+                under.pop("toolbox", None)
+    if "prompt" in given or "prompt_config" in given:
+        under.pop("prompt", None)
+        under.pop("prompt_config", None)
+    return merged(under, {key: value for key, value in given.items() if key != "num_repeats"})
+
+
+def _with_toolbox(spec: BenchmarkSpec) -> BenchmarkSpec:
+    """`spec` with its toolbox as the agent's option, where none is named there."""
+    if spec.toolbox is None:
+        return spec
+    options = {"toolbox": spec.toolbox.name} | spec.agent.options
+    return msgspec.structs.replace(spec, agent=msgspec.structs.replace(spec.agent, options=options))
 
 
 def _with_prompt(spec: BenchmarkSpec, path: Path, origins: Origins) -> BenchmarkSpec:

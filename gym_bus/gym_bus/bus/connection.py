@@ -598,10 +598,6 @@ class Bus:
         outcome = Outcome(int(task), int(rollout), headers.get(ID_HEADER, ""), headers.get(FAILURE_HEADER))
         return int(found.seq or 0), outcome
 
-    async def recorded(self, stream: str, subject: str) -> set[tuple[int, int]]:
-        """(task index, rollout index) of every stored result of `subject`; bodies are not transferred."""
-        return {(o.task_index, o.rollout_index) async for o in self.outcomes(stream, subject)}
-
     async def message_at(self, stream: str, sequence: int) -> tuple[str, bytes] | None:
         """(message id, body) at a sequence; None where there is nothing (any more)."""
         try:

@@ -45,7 +45,7 @@ def take_aim(options: dict[str, Any]) -> Aim | None:
 
 def run_adaptively(job: Job, config: Config, aim: Aim, *, workers: bool, quiet: bool) -> Adapted:
     """Run the job, and tell after every round what is known."""
-    aim = msgspec.structs.replace(aim, add_seed=config.job.seed_per_repeat)
+    aim = msgspec.structs.replace(aim, seeds=config.job.seeds)
     with display.live(quiet=quiet) as shown:
 
         def tell(step: Step) -> None:

@@ -15,7 +15,7 @@ from gym_bus.results.compare import Comparison, Flip, Side, compare_jobs
 from gym_bus.results.files import JobFiles
 from gym_bus.results.merge import Merged, merge_jobs
 from gym_bus.results.paired import Difference
-from gym_bus.results.profile import AgentProfile, Options, Profile, is_foreign, profile_job
+from gym_bus.results.profile import AgentProfile, Options, Profile, foreign_file, profile_job
 from gym_bus.results.table import Counts
 
 MOST_FLIPS = 20
@@ -53,9 +53,9 @@ def profile(path: Path, output: Path | None, by: str | None, answer_key: str | N
 
 def _output_of(files: JobFiles, output: Path | None) -> JobFiles:
     if output is None:
-        if is_foreign(files.aggregate):
+        if foreign := foreign_file(files):
             raise UsageError(
-                f"{files.aggregate} was written by NeMo Gym; say where ours go with --output FOLDER, so that it stays"
+                f"{foreign} was written by NeMo Gym; say where ours go with --output FOLDER, so that it stays"
             )
         return files
     _make_folder(output)

@@ -108,6 +108,8 @@ def take_prefixed(prefix: str, overrides: Sequence[str]) -> tuple[list[str], tup
 
 def prompt_layer(file: Path) -> Layer:
     """A benchmark's change: the prompt in this file."""
+    if not file.is_file():
+        raise UsageError(f"--prompt {file}: no such file")
     return Layer(f"--prompt {file}", {"prompt_config": str(file.resolve())})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import msgspec
 import yaml
 
 from gym_bus.cli import common
-from gym_bus.config import Config, Resolved
+from gym_bus.config import Config, Layer, Resolved
 from gym_bus.errors import ConfigError, UsageError
 from gym_bus.masking import Masking
 from gym_bus.origins import Origins, Place, dotted, walk
@@ -48,13 +48,17 @@ def resolve(
     names, overrides = common.names_and_overrides(arguments)
     if len(names) > 1:
         raise UsageError(f"config resolve takes one benchmark, not {', '.join(names)}")
+    overrides, changes = common.take_prefixed("benchmark", overrides)
+    if changes and not names:
+        raise UsageError(f"{changes[0].name}: a benchmark can only be changed where one is named")
     resolved = common.resolved(config_files, overrides, nats)
     config = resolved.config()
     common.check_names(config, resolved.origins)
+    common.check_sampling(config, resolved.origins)
     shown = _Shown(Masking(resolved.variables))
     _add_settings(shown, resolved, config, with_defaults=with_defaults)
     if names:
-        _add_benchmark(shown, names[0], config, resolved.origins, with_defaults=with_defaults)
+        _add_benchmark(shown, names[0], changes, config, resolved.origins, with_defaults=with_defaults)
     if as_json:
         common.print_json({"values": _listed(shown.values), "sources": shown.sources})
     else:
@@ -119,10 +123,12 @@ def _source(origins: Origins, key: str, written: Any) -> str:
     return ", ".join([origins.nearest(key), *(f"{name} from {origins.nearest(name)}" for name in named)])
 
 
-def _add_benchmark(shown: _Shown, name: str, config: Config, settings: Origins, *, with_defaults: bool) -> None:
+def _add_benchmark(
+    shown: _Shown, name: str, changes: Sequence[Layer], config: Config, settings: Origins, *, with_defaults: bool
+) -> None:
     from gym_bus.benchmarks.spec import load_benchmark
 
-    benchmark = load_benchmark(name)
+    benchmark = load_benchmark(name, changes)
     _check_references(benchmark, config, settings)
     for place, value in _entries(_containers(benchmark.spec)):
         key = dotted(place)
@@ -132,6 +138,8 @@ def _add_benchmark(shown: _Shown, name: str, config: Config, settings: Origins, 
             shown.add(("benchmark", *place), value, benchmark.spec.prompt_config)
         elif with_defaults:
             shown.add(("benchmark", *place), value, DEFAULT)
+    if benchmark.num_repeats:
+        shown.add(("benchmark", "num_repeats"), benchmark.num_repeats, benchmark.origins["num_repeats"])
     for part, options in (("agent", config.job.agent_options), ("verifier", config.job.verifier_options)):
         for place, value in _entries(options):
             source = settings.nearest(dotted(("job", f"{part}_options", *place)))

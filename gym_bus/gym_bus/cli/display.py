@@ -25,36 +25,36 @@ from gym_bus.workers.plan import Job
 from gym_bus.workers.run import RunResult, Status
 
 if TYPE_CHECKING:
+    from gym_bus.results.flips import Totals
     from gym_bus.workers.bench import Report
+    from gym_bus.workers.capacity import Needs
     from gym_bus.workers.reverify import Reverified
     from gym_bus.workers.run import Progress as RunProgress
 
 PLAIN_EVERY_S = 10.0
 """Without a terminal, a line so often."""
+MOST_FLIPS = 20
+"""Changed tasks to list; all of them are in the file."""
 
 
 class Live:
-    """The live display of one run: a bar on a terminal, a line now and then elsewhere."""
+    """The live display of runs: a bar for each job on a terminal, a line now and then elsewhere."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._run: RunProgress | None = None
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._runs: dict[str, RunProgress] = {}
         self._said_at = time.monotonic()
 
     def begin(self, run: RunProgress) -> None:
-        """The run has started, or its next round has; the loop's timer keeps the display fresh."""
-        begun = self._run is not None
-        self._run = run
+        """A run has started, or its next round has; the loop's timer keeps the display fresh."""
+        first = not self._runs
+        self._runs[run.job] = run
         if self._quiet:
             return
-        if begun:
-            if self._bar is not None and self._task is not None:
-                self._bar.update(self._task, total=run.total)
-            return
-        if common.err.is_terminal:
-            self._bar = Progress(
+        if first and common.err.is_terminal:
+            self._bars = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -64,21 +64,23 @@ class Live:
                 console=common.err,
                 transient=True,
             )
-            self._task = self._bar.add_task(run.job_name, total=run.total, state="")
-            self._bar.start()
+            self._bars.start()
+        if self._bars is not None and run.job not in self._tasks:
+            self._tasks[run.job] = self._bars.add_task(run.job_name, state="")
         self.refresh()
-        _every(0.25, self.refresh)
+        if first:
+            _every(0.25, self.refresh)
 
     def refresh(self) -> None:
         """Show the present state."""
-        run = self._run
-        if run is None:
-            return
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=run.recorded, state=self._state(run))
+        if self._bars is not None:
+            for job, run in self._runs.items():
+                self._bars.update(self._tasks[job], total=run.total, completed=run.recorded, state=self._state(run))
         elif time.monotonic() - self._said_at > PLAIN_EVERY_S:
             self._said_at = time.monotonic()
-            click.echo(f"{run.job_name}: {run.recorded} of {run.total}, {self._state(run)}", err=True)
+            for run in self._runs.values():
+                if run.recorded < run.total or len(self._runs) == 1:
+                    click.echo(f"{run.job_name}: {run.recorded} of {run.total}, {self._state(run)}", err=True)
 
     @staticmethod
     def _state(run: RunProgress) -> str:
@@ -90,9 +92,9 @@ class Live:
 
     def end(self) -> None:
         """Take the display away."""
-        self._run = None
-        if self._bar is not None:
-            self._bar.stop()
+        self._runs.clear()
+        if self._bars is not None:
+            self._bars.stop()
 
 
 def _every(period_s: float, action: Any) -> None:
@@ -196,7 +198,7 @@ def print_summary(s: Summary) -> None:
     repeats = f"{s.num_repeats} and more, as needed" if s.until_ci else str(s.num_repeats)
     shown.add_row("rollouts", f"{s.expected:,} = {s.tasks:,} tasks x {repeats}")
     shown.add_row("scored", f"{s.scored:,}")
-    shown.add_row("failed", f"{s.failed:,}{_classes(s.failed_by_class)}")
+    shown.add_row("failed", failed_words(s))
     if missing := s.expected - s.scored - s.failed:
         shown.add_row("missing", f"{missing:,}")
     shown.add_row("tokens", f"{s.input_tokens:,} in, {s.output_tokens:,} out")
@@ -211,6 +213,11 @@ def print_summary(s: Summary) -> None:
     for path in s.files.values():
         shown.add_row("", path.rpartition("/")[2])
     common.out.print(shown, soft_wrap=True)
+
+
+def failed_words(s: Summary) -> str:
+    """How many rollouts failed, and why."""
+    return f"{s.failed:,}{_classes(s.failed_by_class)}"
 
 
 def _classes(failed: dict[str, int]) -> str:
@@ -276,11 +283,42 @@ def print_reverified(report: Reverified, wall_s: float) -> None:
     """How a re-verification ended."""
     shown = common.table(f"reverified with {report.verifier}", "", "")
     shown.add_row("rollouts", f"{report.rollouts:,}")
+    if report.kept:
+        shown.add_row("passed on", f"{report.kept:,} lines as they were")
+    for key, value in report.verifier_options.items():
+        shown.add_row(key, str(value))
+    flips = report.flips
+    before = ", ".join(flips.verifier_digests_before) or "unknown"
+    shown.add_row("verifier", f"{before} before, {report.verifier_digest} now")
     shown.add_row("mean reward", "none scored" if report.mean_reward is None else f"{report.mean_reward:.4f}")
-    shown.add_row("changed", f"{report.changed:,} rewards differ from the stored ones")
+    if flips.mean_before is not None and flips.mean_after is not None:
+        means = f"{flips.mean_before:.4f} before, {flips.mean_after:.4f} now"
+        shown.add_row("where both have one", f"{means} ({flips.compared:,} rollouts)")
+    shown.add_row("changed", f"{report.changed:,} rewards differ from the stored ones{_flip_words(flips)}")
     shown.add_row("failed", f"{report.failed:,}{_classes(report.failed_by_class)}")
     shown.add_row("throughput", f"{report.rollouts / max(wall_s, 1e-9):,.1f} rollouts/s over {wall_s:,.1f} s")
-    shown.add_row("file", report.output)
+    for words, path in (("file", report.output), ("failures", report.failures_file), ("flips", report.flips_file)):
+        if path:
+            shown.add_row(words, path)
+    common.out.print(shown, soft_wrap=True)
+    if report.tasks:
+        _print_flips(report)
+
+
+def _flip_words(flips: Totals) -> str:
+    parts = (("up", flips.up), ("down", flips.down), ("new", flips.newly_scored))
+    words = ", ".join(f"{count:,} {which}" for which, count in parts if count)
+    return f": {words}, in {flips.tasks_changed:,} of {flips.tasks:,} tasks" if words else ""
+
+
+def _print_flips(report: Reverified) -> None:
+    total, listed = len(report.tasks), min(len(report.tasks), MOST_FLIPS)
+    title = f"changed tasks, {listed:,} of {total:,}" if listed < total else f"changed tasks, all {total:,}"
+    shown = common.table(title, "task", "before", "now", "rollouts", "up", "down", "new", "failed")
+    for task in report.tasks[:MOST_FLIPS]:
+        means = ["-" if mean is None else f"{mean:.3g}" for mean in (task.mean_before, task.mean_after)]
+        counts = (task.rollouts, task.up, task.down, task.newly_scored, task.unscored)
+        shown.add_row(str(task.task_index), *means, *(f"{count:,}" for count in counts))
     common.out.print(shown, soft_wrap=True)
 
 
@@ -288,6 +326,8 @@ def print_bench(report: Report) -> None:
     """The figures of a measurement."""
     shown = common.table("pipeline", "", "")
     shown.add_row("throughput", f"{report.rollouts_per_s:,.0f} rollouts/s")
+    if report.accepted_per_s is not None:
+        shown.add_row("burst", f"{report.accepted:,} requests accepted at {report.accepted_per_s:,.0f}/s")
     shown.add_row(
         "CPU",
         f"{report.cpu_ms_per_rollout:.3f} ms per rollout (model server: {report.model_cpu_ms_per_rollout:.3f} ms more)",
@@ -302,7 +342,21 @@ def print_bench(report: Report) -> None:
     for role, use in report.roles.items():
         roles.add_row(role, str(use.processes), f"{use.cpu_ms_per_rollout:.3f}", f"{use.peak_rss_mb:,.0f}")
     common.out.print(roles, soft_wrap=True)
-    stages = common.table("by stage", "stage", "p50 ms", "p99 ms")
+    stages = common.table("by stage", "stage", "mean ms", "p50 ms", "p99 ms")
     for name, stage in report.stages.items():
-        stages.add_row(name.removesuffix("_s"), f"{1000 * stage.p50:,.1f}", f"{1000 * stage.p99:,.1f}")
+        figures = [f"{1000 * seconds:,.1f}" for seconds in (stage.mean, stage.p50, stage.p99)]
+        stages.add_row(name.removesuffix("_s"), *figures)
     common.out.print(stages, soft_wrap=True)
+    if report.needs:
+        _print_needs(report.needs)
+
+
+def _print_needs(needs: Needs) -> None:
+    shown = common.table(f"for {needs.rollouts_per_s:,.0f} rollouts/s on machines like this one", "", "")
+    shown.add_row("agent workers", f"{needs.agents:,}")
+    shown.add_row("verifier workers", f"{needs.verifiers:,}")
+    if needs.pool_cores:
+        shown.add_row("pool", f"{needs.pool_cores:,.1f} cores for sandboxes and CPU-heavy verifiers")
+    shown.add_row("cores", f"{needs.cores:,.1f} in all, each at most 70 % busy; the model not included")
+    shown.add_row("in flight", f"{needs.in_flight:,} rollouts, and so model calls, at a time")
+    common.out.print(shown, soft_wrap=True)

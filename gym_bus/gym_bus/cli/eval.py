@@ -17,6 +17,7 @@ from gym_bus.cli.adaptive import run_adaptively, take_aim, until_ci, until_optio
 from gym_bus.cli.analysis import aggregate, compare, profile
 from gym_bus.cli.replay import replay
 from gym_bus.cli.report import export, report
+from gym_bus.cli.suite import suite
 from gym_bus.config import Config
 from gym_bus.errors import UsageError
 from gym_bus.jobs import JobRecord, find_job, list_jobs
@@ -33,7 +34,7 @@ def command() -> None:
     """Run benchmarks and look after the jobs."""
 
 
-for part in (aggregate, compare, export, profile, replay, report):
+for part in (aggregate, compare, export, profile, replay, report, suite):
     command.add_command(part)
 
 
@@ -49,9 +50,10 @@ def job_options(function: common.F) -> common.F:
         click.option("--input", "input_file", type=click.Path(path_type=Path), help="Rows of this file instead."),
         click.option("--shard", metavar="I/N", help="Only tasks I, I+N, I+2N, ...; `eval aggregate` merges them."),
         click.option("--agent", metavar="NAME", help="Another agent than the benchmark's own."),
-        click.option("--temperature", type=click.FloatRange(0, 100), help="Sampling parameter of every request."),
-        click.option("--top-p", type=click.FloatRange(0, 1), help="Sampling parameter of every request."),
-        click.option("--max-output-tokens", type=click.IntRange(1), help="Limit of every model call."),
+        click.option(
+            "--prompt", type=click.Path(path_type=Path), help="Prompt (YAML) in place of the benchmark's own."
+        ),
+        common.sampling_options,
         click.option(
             "--output", type=click.Path(path_type=Path), help="Folder of the files; default: runs/BENCHMARK-MODEL."
         ),
@@ -69,14 +71,11 @@ def prepare_job(options: dict[str, Any], more: tuple[str, ...] = ()) -> tuple[Jo
     """The job that the options describe, written down in its folder."""
     replay: Path | None = options["replay"]
     base = [common.replay_layer(replay)] if replay else []
-    sampling = [
-        f"job.sampling.{key}={options[key]}"
-        for key in ("temperature", "top_p", "max_output_tokens")
-        if options[key] is not None
-    ]
-    config = common.settings(
-        options["config_files"], [*sampling, *more, *options["overrides"]], options["nats"], base=base
-    )
+    overrides, changes = common.take_prefixed("benchmark", options["overrides"])
+    if options["prompt"]:
+        changes = (*changes, common.prompt_layer(options["prompt"]))
+    sampling = common.sampling_overrides(options)
+    config = common.settings(options["config_files"], [*sampling, *more, *overrides], options["nats"], base=base)
     model = common.choose_model(config, options["model"] or ("replay" if replay else None))
     common.check_model(model, config.models[model])
     wanted = Wanted(
@@ -88,12 +87,13 @@ def prepare_job(options: dict[str, Any], more: tuple[str, ...] = ()) -> tuple[Jo
         input=options["input_file"],
         agent=options["agent"],
         shard=Shard.parse(options["shard"]) if options["shard"] else None,
+        changes=changes,
     )
     plan = plan_job(wanted, config)
     if brings_code(plan.benchmark.spec):
         config = common.with_folders(config, plan.benchmark.folder / plan.benchmark.config)
     if config.bus.url is not None:  # before anything is written: a run that cannot start must not take the folder
-        common.run(_reach(config))
+        common.run(common.reach(config))
     shard = f"-{wanted.shard.index}-of-{wanted.shard.count}" if wanted.shard else ""
     output: Path = options["output"] or Path("runs") / f"{plan.benchmark.spec.name}-{model}{shard}"
     return write_down(plan, output), config
@@ -122,11 +122,6 @@ def run(concurrency: int | None, no_workers: bool, as_json: bool, **options: Any
     return finish(job, result, as_json=as_json)
 
 
-async def _reach(config: Config) -> None:
-    async with await Bus.connect(config.bus):
-        pass
-
-
 def finish(job: Job, result: RunResult, *, as_json: bool, known: dict[str, Any] | None = None) -> int:
     """Profile, report, and say by the exit code whether there are failures."""
     summary = display.summarize(job, result, profile_job(job.files), known)
@@ -153,8 +148,8 @@ def submit(as_json: bool, **options: Any) -> int:
 
 
 def _has_url(options: dict[str, Any]) -> bool:
-    config = common.settings(options["config_files"], options["overrides"])
-    return config.bus.url is not None
+    overrides, _ = common.take_prefixed("benchmark", options["overrides"])
+    return common.settings(options["config_files"], overrides).bus.url is not None
 
 
 async def _submit(job: Job, config: Config) -> int:
@@ -176,9 +171,12 @@ def bus_options(function: common.F) -> common.F:
 def status(
     job: str | None, config_files: tuple[str, ...], nats: str | None, as_json: bool, overrides: tuple[str, ...]
 ) -> int:
-    """Show how the jobs on a bus stand."""
+    """Show how the jobs on a bus stand; `eval status JOB` and `--job JOB` show one."""
+    names, overrides = map(tuple, common.names_and_overrides(overrides))
+    if len(names) > (job is None):
+        raise UsageError(f"one job, or all of them, not {', '.join((*filter(None, (job,)), *names))}")
     config = common.settings(config_files, overrides, nats)
-    found = common.run(_statuses(config, job))
+    found = common.run(_statuses(config, job or next(iter(names), None)))
     if as_json:
         common.print_json(found)
     else:
@@ -242,8 +240,13 @@ async def _cancel(config: Config, job: str) -> int:
 @click.option(
     "--inputs", type=click.Path(path_type=Path), help="Their materialized inputs, where rollouts lack fields."
 )
-@click.option("--verifier", required=True, metavar="NAME", help="Who scores.")
+@click.option("--verifier", required=True, metavar="NAME", help="Who scores; options: job.verifier_options.KEY=VALUE.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="File of the scored rows (JSONL).")
+@click.option(
+    "--judge-failed-only",
+    is_flag=True,
+    help="Only rollouts whose check failed, those of the failures file included; the others are passed on.",
+)
 @common.config_option
 @common.nats_option
 @common.json_option
@@ -253,21 +256,29 @@ def reverify(
     inputs: Path | None,
     verifier: str,
     output: Path,
+    judge_failed_only: bool,
     config_files: tuple[str, ...],
     nats: str | None,
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> int:
-    """Score stored rollouts again, through the bus and without a model; rows keep their order and their keys."""
-    from gym_bus.workers.reverify import reverify_file
+    """Score stored rollouts, ours or NeMo Gym's, again, through the bus and without a model.
+
+    Rows keep their order and their keys. Beside OUTPUT are written OUTPUT_flips.jsonl, the tasks whose rewards changed,
+    and, where there are any, OUTPUT_failures.jsonl, the rows that could not be judged.
+    """
+    from gym_bus.workers.reverify import Asked, reverify_file
 
     config = common.settings(config_files, overrides, nats)
+    asked = Asked(
+        rollouts=rollouts, inputs=inputs, verifier=verifier, output=output, judge_failed_only=judge_failed_only
+    )
     started = time.monotonic()
     with display.live(quiet=as_json) as shown:
-        report = common.run(reverify_file(rollouts, inputs, verifier, output, config, on_start=shown.begin))
+        report = common.run(reverify_file(asked, config, on_start=shown.begin))
     wall_s = time.monotonic() - started
     if as_json:
-        common.print_json({**msgspec.structs.asdict(report), "wall_s": wall_s})
+        common.print_json({**msgspec.to_builtins(report), "wall_s": wall_s})
     else:
         display.print_reverified(report, wall_s)
     return FAILURES if report.failed else 0

@@ -82,7 +82,7 @@ async def _serve(config: Config, name: str, prompts: dict[str, int] | None, host
     model: Any
     if entry.kind == "replay":
         common.check_model(name, entry)
-        model = ReplayModel(entry.file or "", name=name)
+        model = ReplayModel(entry.file or "", name=name, cycle=entry.cycle)
     elif entry.kind == "simulated":
         model = SimulatedModel(entry.simulated, name=name)
     else:

@@ -41,7 +41,8 @@ def find_target(given: str) -> Target:
         return Target(job=Manifest.load(JobFiles(folder).manifest).job, folder=folder)
     if "/" in given:
         raise UsageError(f"{given}: no such folder")
-    return Target(job=given, folder=next(filter(lambda at: holds(at, given), sorted(RUNS.glob("*"))), None))
+    folders = [*sorted(RUNS.glob("*")), *sorted(RUNS.glob("*/*/*"))]  # jobs, and those of suites
+    return Target(job=given, folder=next(filter(lambda at: holds(at, given), folders), None))
 
 
 def holds(folder: Path, job: str) -> bool:
@@ -57,7 +58,9 @@ def with_bus_of(config: Config, target: Target) -> Config:
     if config.bus.url is not None or target.folder is None:
         return config
     own = config.bus.embedded.store_dir
-    url = running_at(Path(own) if own else target.folder / STORE)
+    suite = target.folder.absolute().parent.parent
+    stores = [Path(own)] if own else [target.folder / STORE, suite / STORE]
+    url = next(filter(None, map(running_at, stores)), None)
     return msgspec.structs.replace(config, bus=msgspec.structs.replace(config.bus, url=url)) if url else config
 
 

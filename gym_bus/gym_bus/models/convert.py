@@ -15,7 +15,7 @@ import msgspec
 
 from gym_bus.errors import TaskError
 from gym_bus.models.body import usage_body
-from gym_bus.models.wire import ChatChoice, WireChat
+from gym_bus.models.wire import ChatChoice, ChatMessage, WireChat
 
 _PASSED_ON = (
     "temperature",
@@ -166,7 +166,7 @@ def response_object(chat: WireChat, choice: ChatChoice, params: Mapping[str, Any
         "created_at": int(chat.created or time.time()),
         "status": "incomplete" if reason else "completed",
         "model": chat.model,
-        "output": _output(choice, ident, split_think=split_think),
+        "output": _output(choice.message or ChatMessage(), ident, split_think=split_think),
         "parallel_tool_calls": params.get("parallel_tool_calls") is not False,
         "tool_choice": params.get("tool_choice") or "auto",
         "tools": params.get("tools") or [],
@@ -177,8 +177,7 @@ def response_object(chat: WireChat, choice: ChatChoice, params: Mapping[str, Any
     return msgspec.json.encode(made)
 
 
-def _output(choice: ChatChoice, ident: str, *, split_think: bool) -> list[dict[str, Any]]:
-    message = choice.message
+def _output(message: ChatMessage, ident: str, *, split_think: bool) -> list[dict[str, Any]]:
     text = message.content or ""
     thought = message.reasoning_content or message.reasoning or ""
     if split_think and not thought and (found := _THINK.match(text)):

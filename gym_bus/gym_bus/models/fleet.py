@@ -34,7 +34,9 @@ EXPLAINED_S = 1.0
 """Refusals so long after a raise are its doing."""
 BACK = 0.8
 """Part of the places that there were, up to which they come back fast."""
-MOST_RAISE = 0.2
+PRESSED = 0.97
+"""Part of the places that must be taken before there are more: the last raise shows what it does only then."""
+MOST_RAISE = 0.05
 """Of the limit, in one raise. Raises double while they are found good."""
 PACE_RAISE = 0.01
 PACE_PROOF = 3.0
@@ -83,6 +85,8 @@ class Member(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Its part of the pace."""
     wants: int = 0
     """Calls that it has, waiting ones included."""
+    busy: int = 0
+    """Those of them that are at the endpoint, or would be, had it not just refused them."""
     rate: float = 0.0
     """Calls of it that the endpoint took, per second, lately."""
 
@@ -199,7 +203,9 @@ class Partner:
         me = fleet.members.pop(self._name, None) or Member()
         self._joined = self._joined and me.beat > 0
         wants = self._throttle.in_flight + (0 if self._throttle.closed(now) else waiting)
-        me = msgspec.structs.replace(me, beat=me.beat + 1, wants=wants, rate=round(self._rate(now), 3))
+        me = msgspec.structs.replace(
+            me, beat=me.beat + 1, wants=wants, busy=self._throttle.busy, rate=round(self._rate(now), 3)
+        )
         self._first = 0
         if fleet.limit is None:
             self._without_limit(fleet, me, now)
@@ -278,7 +284,6 @@ class Partner:
             fleet.limit = max(1, me.places + sum(member.places for member in fleet.members.values()))
             self._raised(fleet, fleet.limit)  # what is refused now is the doing of the ramp
             fleet.streak = fleet.look_taken = fleet.look_refused = 0
-            fleet.look_taken = fleet.look_refused = 0
 
     def _first_calls(self, fleet: Fleet, now: float) -> int:
         """Calls that may be made at an endpoint of which nothing is known; one process begins after the other."""
@@ -328,8 +333,9 @@ class Partner:
     def _explained(self, fleet: Fleet, now: float) -> int:
         """How many refusals are the doing of the last raise, and not noise."""
         fleet.raise_refused += self._due.odd
-        usual = 2 * max(fleet.noise, fleet.background) * fleet.since_raise
-        beyond = int(fleet.raise_refused - usual) - fleet.raise_explained
+        background = fleet.background if fleet.background >= BUDGET_PER_CALL else 0.0
+        usual = 2 * max(fleet.noise, background) * fleet.since_raise
+        beyond = min(int(fleet.raise_refused - usual) - fleet.raise_explained, self._due.odd)
         if beyond <= 0:
             return 0
         if fleet.good_pace and fleet.since_raise < 2 * PACE_PROOF / PACE_RAISE:
@@ -374,6 +380,9 @@ class Partner:
         if fleet.pace:
             fleet.best_rate = max(fleet.best_rate, rate)
             fleet.pace = max(LEAST_PACE, PACE_HALF * fleet.best_rate, fleet.pace * (1 - share))
+        elif fleet.limit is None:  # as many as there are, first: they are what it takes, found by several at a time
+            fleet.limit = places
+            self._raised(fleet, places)
         elif places == 1 and self._throttle.quick and taken:  # it is not their number: it counts calls per second
             fleet.pace, fleet.limit, fleet.best_rate = max(LEAST_PACE, PACE_KEPT * rate), len(fleet.members), rate
         elif places > 1:
@@ -401,14 +410,14 @@ class Partner:
         back = fleet.limit < BACK * fleet.high  # it had more before it took nothing for a while
         if not (back or fleet.streak or fleet.budget >= 1):
             return 0
-        if self._throttle.pressed and sum(member.places for member in fleet.members.values()) >= fleet.limit:
+        if sum(member.busy for member in fleet.members.values()) >= PRESSED * fleet.limit:
             if not back:
                 fleet.high = fleet.limit
             step = max(1, fleet.limit // 2) if back else min(2**fleet.streak, max(1, int(MOST_RAISE * fleet.limit)))
             fleet.limit += step
             self._raised(fleet, step)
             return step
-        if fleet.pace and not self._throttle.pressed:
+        if fleet.pace and self._throttle.busy < (self._throttle.places or 0):
             share = min(PACE_RAISE * 2**fleet.streak, MOST_RAISE)
             if fleet.since_raise >= PACE_PROOF / share or self._age_s(fleet, "refused", now) >= LONG_S:
                 self._raised(fleet, 0)

@@ -51,6 +51,9 @@ _CONTEXT_WORDS = (
     "max_model_len",
 )
 
+_ENDED = (None, "completed", "incomplete")
+_BROKEN_OFF = ("abort", "error")
+"""Reasons to finish that are the endpoint's, not the model's: what there is of the answer must not be scored."""
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 _encode = msgspec.json.Encoder().encode
@@ -196,8 +199,10 @@ class OpenAIModel:
                     raise self._refusal(reply, data)
         except aiohttp.ConnectionTimeoutError:
             raise ModelUnreachable(f"no connection to {self._url} within {config.connect_limit_s:g} s") from None
-        except (TimeoutError, aiohttp.ServerTimeoutError):
-            raise ModelTimeout(f"{self._url} did not answer within {call_s:g} s") from None
+        except aiohttp.SocketTimeoutError:
+            raise ModelTimeout(f"{self._url} sent nothing for {config.read_limit_s:g} s") from None
+        except TimeoutError:
+            raise ModelTimeout(f"{self._url} did not answer within {call_s:.3g} s") from None
         except aiohttp.ClientSSLError as e:
             raise ModelUnreachable(f"no TLS with {self._url}: {e.args[-1] if e.args else e}") from None
         except aiohttp.ClientConnectorError as e:
@@ -250,8 +255,12 @@ class OpenAIModel:
             raise self._bad(f"the reply is no Responses object ({e})", data) from None
         if wire.error is not None or wire.status == "failed":
             raise self._error_in_200(wire.error, "status failed")
+        if wire.status not in _ENDED:
+            raise self._bad(f"the reply is not the end of an answer (status {wire.status!r})", data)
         if wire.output is None:
             raise self._bad("the reply has no output", data)
+        if any(memoryview(item)[:1].tobytes() != b"{" for item in wire.output):
+            raise self._bad("the reply has an output item that is no object", data)
         call: Call | None = None
         output = wire.output
         if self._config.return_tokens:
@@ -271,7 +280,12 @@ class OpenAIModel:
             raise self._error_in_200(chat.error)
         if not chat.choices:
             raise self._bad("the reply has no choices", data)
-        body = response_object(chat, chat.choices[0], params, split_think=self._config.split_think)
+        choice = chat.choices[0]
+        if choice.message is None:
+            raise self._bad("the reply has no message", data)
+        if choice.error is not None or choice.finish_reason in _BROKEN_OFF:
+            raise self._error_in_200(choice.error, f"it gave up (finish_reason {choice.finish_reason!r})")
+        body = response_object(chat, choice, params, split_think=self._config.split_think)
         wire = response_decoder.decode(body)
         try:
             call = _chat_tokens(chat) if self._config.return_tokens else None
@@ -385,15 +399,20 @@ async def _read(reply: aiohttp.ClientResponse) -> bytes:
 
 async def _read_bytes(reply: aiohttp.ClientResponse) -> bytes:
     packed = "Content-Encoding" in reply.headers  # then its length says nothing of what comes out of it
-    if reply.content_length is not None and reply.content_length <= MAX_REPLY_BYTES and not packed:
+    size = reply.content_length or 0
+    if reply.content_length is not None and size <= MAX_REPLY_BYTES and not packed:
         return await reply.read()
-    chunks, size = [], 0
-    async for chunk in reply.content.iter_any():
-        size += len(chunk)
-        if size > MAX_REPLY_BYTES:
-            raise ModelError(f"{reply.url}: the reply is larger than {MAX_REPLY_BYTES >> 20} MiB", reply.status)
-        chunks.append(chunk)
-    return b"".join(chunks)
+    chunks: list[bytes] = []
+    if size <= MAX_REPLY_BYTES:
+        size = 0
+        async for chunk in reply.content.iter_any():
+            size += len(chunk)
+            if size > MAX_REPLY_BYTES:
+                break
+            chunks.append(chunk)
+        else:
+            return b"".join(chunks)
+    raise ModelError(f"{reply.url}: the reply is larger than {MAX_REPLY_BYTES >> 20} MiB", reply.status)
 
 
 def _retry_after_s(header: str | None) -> float | None:

@@ -74,7 +74,7 @@ class Models:
         if config.kind == "replay":
             from gym_bus.models.replay import ReplayModel
 
-            return ReplayModel(config.file or "", name=name)
+            return ReplayModel(config.file or "", name=name, cycle=config.cycle)
         if config.kind == "simulated":
             from gym_bus.models.simulated import SimulatedModel
 

@@ -53,13 +53,18 @@ _recorded = msgspec.json.Decoder(_Recorded)
 class ReplayModel:
     """A model that answers from a file. Memory: about 40 bytes per line, not the answers."""
 
-    def __init__(self, file: str | Path, *, name: str = "replay") -> None:
+    def __init__(self, file: str | Path, *, name: str = "replay", cycle: bool = False) -> None:
         """Index the file.
+
+        Args:
+            file: the recorded answers, JSONL.
+            name: what it calls itself.
+            cycle: begin again with a task's first answer where it has fewer than there are rollouts.
 
         Raises:
             DataError: a line is malformed or repeats a key; names file and line.
         """
-        self.name, self._path = name, Path(file)
+        self.name, self._path, self._cycle = name, Path(file), cycle
         self._offsets, self._lengths = array("q"), array("q")
         self._by_task: dict[int, int] = {}
         self._by_prompt: dict[bytes, int] = {}
@@ -127,6 +132,8 @@ class ReplayModel:
             raise RequestRefused(f"{self._path.name}: no recorded answer for {whose}", NOT_FOUND)
         line = self._read(at)
         samples: list[Any] = line.completions if line.completions is not None else line.responses or []
+        if self._cycle and samples:
+            rollout %= len(samples)
         if rollout >= len(samples):
             raise RequestRefused(
                 f"{self._path.name}: no sample {rollout} for task {task if task is not None else 'of this prompt'}: "

@@ -30,10 +30,6 @@ SLOW_KEPT = 0.7
 SLOW_SHARE = 0.1
 """Of the calls, smoothed, that must time out before it counts as overload: one answer may always be too long."""
 SMOOTHING = 0.05
-EVEN = 0.9
-ALIKE = 0.2
-"""Mean deviation, as a part of the mean, below which calls take equally long."""
-LEAST_EVEN_S = 0.1
 QUICK_S, QUICK_CALLS = 0.1, 10
 LATE_S = 0.02
 """A start that is so late is made up for: event loops are."""
@@ -130,7 +126,7 @@ class Throttle:
         self._strikes = 0
         self._next_start = float("-inf")
         self._learned = 0
-        self._mean_s = self._spread_s = self._slow_share = 0.0
+        self._mean_s = self._slow_share = 0.0
 
     # -- what the fleet asks and tells ---------------------------------------------------------------------------------
 
@@ -147,9 +143,9 @@ class Throttle:
         return self.in_flight if self._taken_of is None else self._taken_of
 
     @property
-    def pressed(self) -> bool:
-        """Whether it is for want of places that calls wait."""
-        return self.places is not None and self.in_flight + len(self._resting) >= EVEN * self.places
+    def busy(self) -> int:
+        """Places that are taken, or not to be used again for a moment."""
+        return self.in_flight + len(self._resting)
 
     @property
     def quick(self) -> bool:
@@ -203,15 +199,9 @@ class Throttle:
         self.in_flight += 1
         ticket = Ticket(now, self.in_flight)
         self._young.append(ticket)
-        if interval_s := self._interval_s():
-            self._next_start = max(now - LATE_S, self._next_start) + interval_s
+        if self.pace:
+            self._next_start = max(now - LATE_S, self._next_start) + 1 / self.pace
         return ticket
-
-    def _interval_s(self) -> float:
-        """Between two starts. Calls that take equally long would for ever begin in the bunches that they began in."""
-        by_pace = 1 / self.pace if self.pace else 0.0
-        alike = self._mean_s >= LEAST_EVEN_S and self._spread_s < ALIKE * self._mean_s
-        return max(by_pace, EVEN * self._mean_s / self.places) if self.places and alike else by_pace
 
     def end(self, ticket: Ticket, now: float, end: End, retry_after_s: float | None = None) -> None:
         """A call is over. `retry_after_s` is the wish of an endpoint that refused."""
@@ -238,9 +228,7 @@ class Throttle:
 
     def _learn(self, lasted_s: float) -> None:
         self._learned += 1
-        weight = max(SMOOTHING, 1 / self._learned)
-        self._mean_s += (lasted_s - self._mean_s) * weight
-        self._spread_s += (abs(lasted_s - self._mean_s) - self._spread_s) * weight
+        self._mean_s += (lasted_s - self._mean_s) * max(SMOOTHING, 1 / self._learned)
         self._slow_share *= 1 - SMOOTHING
 
     def _take(self, ticket: Ticket, now: float) -> None:

@@ -110,7 +110,9 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
 class ChatChoice(msgspec.Struct, frozen=True):
     """One choice."""
 
-    message: ChatMessage = ChatMessage()
+    message: ChatMessage | None = None
+    error: Any = None
+    """OpenRouter's: the provider behind it gave up."""
     finish_reason: str | None = None
     logprobs: ChatLogprobs | None = None
     token_ids: list[int] | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gym_bus.errors import UsageError
 
-SUFFIXES = ("_failures", "_materialized_inputs", "_reward_profiling")
+SUFFIXES = ("_failures", "_materialized_inputs", "_reward_profiling", "_flips")
 """Of the stems of those JSONL files that are not the rollouts."""
 
 
@@ -73,6 +73,11 @@ class JobFiles:
     def agent_metrics(self) -> Path:
         """A JSON array: one entry per agent, of the numeric fields alone, as NeMo Gym's `eval profile` writes it."""
         return self.folder / f"{self.stem}_agent_metrics.json"
+
+    @property
+    def flips(self) -> Path:
+        """One line per task whose rewards a re-verification has changed."""
+        return self.folder / f"{self.stem}_flips.jsonl"
 
     @property
     def manifest(self) -> Path:

@@ -18,7 +18,7 @@ from gym_bus.results.extras import need
 from gym_bus.results.files import JobFiles
 from gym_bus.results.identity import manifest_of
 from gym_bus.results.lines import COMPOSED, Fields
-from gym_bus.results.reader import BOM, decode_lines
+from gym_bus.results.reader import BOM, decode_lines, decode_mended
 from gym_bus.results.texts import NOTHING, encodable, said, text_of, told
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def with_texts(files: JobFiles, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _texts_of(line: bytes) -> tuple[str, str]:
-    read = _told_and_said.decode(line)
+    _, read = decode_mended(_told_and_said, line)
     input_text = told(read.params.input) if read.params else ""
     return input_text, "\n\n".join(said(read.response.output)) if read.response else ""
 

@@ -43,6 +43,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Content hash of the verifier's code and options: equal digests judge alike."""
     config_digest: str
     """SHA-256 over the settings that change results (sampling parameters, limits), hex."""
+    sampling: dict[str, Any] = {}
+    """Create params that won over the rows' own."""
+    seeds: int | None = None
+    """Rollout i of each task asks for the seed `seeds + i`; null where none is asked for."""
+    prompt: str = ""
+    """SHA-256 over the templates that make the model's input, hex; empty where rows bring it."""
     limit_s: float = 3600.0
     """Wall-clock limit of one rollout's generation, seconds."""
     gym_bus_version: str
@@ -85,10 +91,13 @@ _WORDS = {
     "verifier": "verifier",
     "verifier_options": "verifier options",
     "verifier_digest": "verifier digest",
+    "sampling": "sampling parameters",
+    "seeds": "first seed",
+    "prompt": "prompt",
     "limit_s": "wall-clock limit of a rollout",
     "shard": "shard",
     "shard_of": "digest of the rows of all shards",
-    "config_digest": "digest of model settings, recorded answers, sampling parameters and limits",
+    "config_digest": "digest of model settings, recorded answers, the model's sampling parameters and limits",
 }
 """What must not differ between two runs of one job; its id, its date and the version of gym_bus may."""
 
@@ -107,7 +116,7 @@ def _show(value: Any) -> str:
         return f"{value[:8]}.."
     if isinstance(value, dict):
         return msgspec.json.encode(value, order="sorted").decode()
-    return str(value) if value != "" else "none"
+    return "none" if value in ("", None) else str(value)
 
 
 def new_job_id(benchmark: str) -> str:

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -18,7 +18,7 @@ from gym_bus.results.columns import Index
 from gym_bus.results.disk import replace_file
 from gym_bus.results.files import JobFiles
 from gym_bus.results.manifest import Manifest, differences, new_job_id
-from gym_bus.results.reader import BOM, decode_lines
+from gym_bus.results.reader import BOM, decode_lines, decode_mended
 
 PER_SHARD = ("dataset_digest", "rows", "shard")
 """What may differ between the manifests of shards: each has rows of its own."""
@@ -43,6 +43,7 @@ class _Key(msgspec.Struct, frozen=True):
 
 
 _key: msgspec.json.Decoder[_Key] = msgspec.json.Decoder(_Key)
+_any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 
 def merge_jobs(jobs: Sequence[JobFiles], into: JobFiles) -> Merged:
@@ -180,7 +181,7 @@ def _line_at(file: BinaryIO, offset: int) -> bytes:
 
 
 def _same(one: bytes, other: bytes) -> bool:
-    return one == other or bool(msgspec.json.decode(one) == msgspec.json.decode(other))
+    return one == other or bool(decode_mended(_any, one)[1] == decode_mended(_any, other)[1])
 
 
 def _merged_manifest(manifests: Sequence[Manifest], inputs: _Union) -> Manifest:

@@ -129,16 +129,21 @@ def _options_of(aggregate: bytes | None) -> Options:
     return entries[0].gym_bus.options if entries else AUTOMATIC
 
 
-def is_foreign(aggregate: Path) -> bool:
-    """Whether an aggregate file is there that NeMo Gym has written, not `profile_job`."""
-    data = _read(aggregate)
-    if data is None:
-        return False
+def foreign_file(files: JobFiles) -> Path | None:
+    """A file that NeMo Gym has written and `profile_job` would replace; None where there is none."""
+    if _lacks(files.aggregate, "gym_bus", list[dict[str, msgspec.Raw]]):
+        return files.aggregate
+    return files.profile if _lacks(files.profile, "failed_num_rollouts", dict[str, msgspec.Raw]) else None
+
+
+def _lacks(path: Path, key: str, kind: Any) -> bool:
+    """Whether the JSON in a file, or in the first line of a JSONL file, is of this kind and without a key of ours."""
+    data = _read(path) or b""
     try:
-        entries = msgspec.json.decode(data, type=list[dict[str, msgspec.Raw]])
+        found = msgspec.json.decode(data.split(b"\n", 1)[0] if path.suffix == ".jsonl" else data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return False
-    return any("gym_bus" not in entry for entry in entries)
+    return any(key not in entry for entry in (found if isinstance(found, list) else [found]))
 
 
 def _differences_by_line(path: Path, expected: Iterator[bytes]) -> Iterator[str]:
@@ -193,10 +198,12 @@ class _Job:
         self._files, self._options = files, options
         self.table = read_table(files, (options.answer_key,) if options.answer_key else ANSWER_KEYS)
         self._subsets = np.array(task_subsets(files, self.table, options.by) if options.by else [], object)
-        self.agents = [self._agent_profile(name) for name in self.table.agents if self._has_tasks(name)]
+        self.agents = [self._agent_profile(name) for name in self._agents_by_first_rollout()]
 
-    def _has_tasks(self, agent: str) -> bool:
-        return bool((self.table.agent == self.table.agents.index(agent)).any())
+    def _agents_by_first_rollout(self) -> list[str]:
+        """In the order of tasks, as NeMo Gym's: the order of completion would be another one in every run."""
+        numbers, first = np.unique(self.table.agent, return_index=True)
+        return [self.table.agents[number] for number in numbers[np.argsort(first)].tolist()]
 
     def _agent_profile(self, name: str) -> AgentProfile:
         table = self.table.of_agent(name)
@@ -260,8 +267,8 @@ class _Job:
 
     def agent_metrics(self) -> bytes:
         """The file of the agents' numeric fields."""
-        tables = {agent.agent: self.table.of_agent(agent.agent) for agent in self.agents}
-        entries = [_numeric_metrics(table) | {"agent_ref": {"name": name}} for name, table in tables.items()]
+        names = sorted(agent.agent for agent in self.agents)  # as NeMo Gym's are in this file
+        entries = [_numeric_metrics(self.table.of_agent(name)) | {"agent_ref": {"name": name}} for name in names]
         return msgspec.json.encode(entries) + b"\n"
 
 

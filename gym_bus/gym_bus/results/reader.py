@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import re
+from collections.abc import Container, Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -52,12 +53,43 @@ def _lines_of(file: BinaryIO) -> Iterator[Line]:
         offset += len(line)
 
 
+_ESCAPES = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.DOTALL
+)
+"""Escapes in JSON strings: a whole pair of surrogates, one alone (the group), or any other."""
+
+_LITERALS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|(-?(?:NaN|Infinity))', re.DOTALL)
+"""Strings, to step over them, and the numbers (the group) that only Python's json module writes."""
+
+
+def mended(data: bytes) -> bytes:
+    """A line that NeMo Gym's json module may have written, as JSON; `data` itself where there is nothing to mend.
+
+    A surrogate alone, which no UTF-8 text can hold, becomes U+FFFD; NaN and the infinities, which JSON has not, become
+    null. All other bytes stay.
+    """
+    data = _ESCAPES.sub(lambda found: b"\\ufffd" if found[1] else found[0], data)
+    return _LITERALS.sub(lambda found: b"null" if found[1] else found[0], data)
+
+
+def decode_mended(decoder: msgspec.json.Decoder[T], data: bytes) -> tuple[bytes, T]:
+    """A line's bytes and what they hold, `mended` where it cannot be read otherwise. Raises what the decoder raises."""
+    try:
+        return data, decoder.decode(data)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        if (better := mended(data)) == data:
+            raise
+        return better, decoder.decode(better)
+
+
 def decode_lines(
     path: Path, decoder: msgspec.json.Decoder[T], *, unended_ok: bool
 ) -> Generator[tuple[Line, T], None, Line | None]:
     """Every whole line with its content; returns the last line where it is torn, which is how a crash leaves a file.
 
-    Torn is a last line that is no JSON, or, unless `unended_ok`, one without its newline.
+    Torn is a last line that is no JSON, or, unless `unended_ok`, one without its newline. Lines are `mended`.
 
     Raises:
         DataError: names file and line: a line before the last is no JSON, or any is of the wrong kind.
@@ -70,20 +102,20 @@ def decode_lines(
             torn = line
             continue
         try:
-            content = decoder.decode(line.data)
+            data, content = decode_mended(decoder, line.data)
         except msgspec.ValidationError as e:
             raise DataError(f"{path}:{line.number}: not the expected kind of line: {e}") from None
         except (msgspec.DecodeError, UnicodeDecodeError):
             torn = line
         else:
-            yield line, content
+            yield line if data is line.data else line._replace(data=data), content
     return torn
 
 
 def decode_line(decoder: msgspec.json.Decoder[T], data: bytes, path: Path, number: int) -> T:
-    """One line decoded. Raises DataError naming file and line."""
+    """One line decoded, `mended` where it must be. Raises DataError naming file and line."""
     try:
-        return decoder.decode(data)
+        return decode_mended(decoder, data)[1]
     except msgspec.ValidationError as e:
         raise DataError(f"{path}:{number}: not the expected kind of line: {e}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
@@ -120,26 +152,31 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True):
     """The Responses object, JSON."""
 
 
-def join_rollouts(inputs: Path | None, rollouts: Path) -> Iterator[Joined]:
+def join_rollouts(inputs: Path | None, rollouts: Path, *, only: Container[int] | None = None) -> Iterator[Joined]:
     """Every recorded rollout with its whole row, in the order of the rollouts file.
 
-    NeMo Gym's verifiers drop row fields that their reply does not name, so those come from the materialized inputs,
-    joined on (task, rollout), or on the task where they are rows of a data set: what the rollout has not, or has as
-    null.
+    NeMo Gym's verifiers drop row fields that their reply does not name, and may write others under the row's names. So
+    the row comes from the materialized inputs, as in its own re-verification, joined on (task, rollout), or on the task
+    where they are rows of a data set; what only the rollout has is added.
 
     Memory: a table of the inputs' offsets (about 150 bytes a row) and one row at a time.
+
+    Args:
+        inputs: None where the rollouts carry their whole rows.
+        rollouts: the file; also one of failed rollouts that have a response.
+        only: numbers of the lines to join; None for all.
 
     Raises:
         DataError: names file and line: a line is no JSON object, has no response, or has no input; two inputs share
             their indices.
     """
     if inputs is None:
-        yield from _join({}, None, rollouts)
+        yield from _join({}, None, rollouts, only)
         return
     places, stamped = _places(inputs)
     try:
         with inputs.open("rb") as file:
-            yield from _join(places, file, rollouts, stamped=stamped)
+            yield from _join(places, file, rollouts, only, stamped=stamped)
     except OSError as e:
         raise DataError(f"{inputs}: cannot be read: {e.strerror or e}") from None
 
@@ -165,8 +202,12 @@ def _places(inputs: Path) -> tuple[Places, bool]:
     return places, stamped
 
 
-def _join(places: Places, inputs: BinaryIO | None, rollouts: Path, *, stamped: bool = False) -> Iterator[Joined]:
+def _join(
+    places: Places, inputs: BinaryIO | None, rollouts: Path, only: Container[int] | None, *, stamped: bool = False
+) -> Iterator[Joined]:
     for order, (number, data) in enumerate(iter_jsonl(rollouts)):
+        if only is not None and number not in only:
+            continue
         fields = decode_line(_fields, data, rollouts, number)
         key = decode_line(_key, data, rollouts, number)
         if inputs is not None and key.task is None and stamped:
@@ -179,7 +220,7 @@ def _join(places: Places, inputs: BinaryIO | None, rollouts: Path, *, stamped: b
             offset = places.get((task, rollout), places.get((task, None)))
             if offset is None:
                 raise DataError(f"{rollouts}:{number}: task {task}, rollout {rollout} has no row in {inputs.name}")
-            fields = read_row(inputs, offset) | {key: value for key, value in fields.items() if bytes(value) != b"null"}
+            fields |= read_row(inputs, offset)
         yield Joined(
             order=order,
             number=number,
@@ -193,25 +234,30 @@ def _join(places: Places, inputs: BinaryIO | None, rollouts: Path, *, stamped: b
 def _checked_response(response: msgspec.Raw | None, where: str) -> bytes:
     if response is None or bytes(response) == b"null":
         raise DataError(f"{where}: no response, so there is nothing to verify")
+    # All of it: a verifier takes a response that cannot be read for an empty one, and that would be a wrong 0.
     try:
-        _response.decode(response)
-    except msgspec.DecodeError as e:
+        found = _response.decode(response)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise DataError(f"{where}: its response is no Responses object: {e}") from None
+    if not isinstance(found.get("output"), list):
+        raise DataError(f"{where}: its response is no Responses object: it has no list `output`")
     return bytes(response)
 
 
-class _Response(msgspec.Struct, frozen=True):
-    output: list[Any]
-
-
-_response: msgspec.json.Decoder[_Response] = msgspec.json.Decoder(_Response)
+_response: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
 
 
 def read_row(file: BinaryIO, offset: int) -> Fields:
     """The top-level fields of the line that begins at `offset` and was found valid before."""
     file.seek(offset)
-    return _fields.decode(file.readline().removeprefix(BOM))
+    return decode_mended(_fields, file.readline().removeprefix(BOM))[1]
+
+
+OBSERVATIONS = frozenset({"ng_trajectory", "ng_agent_observations", "ng_model_call_capture", "_ng_token_capture"})
+"""What NeMo Gym has recorded of a rollout's making: no part of the row, and often many times as large."""
+
+_NOT_THE_ROWS = COMPOSED | OBSERVATIONS
 
 
 def _row_bytes(fields: Fields) -> bytes:
-    return msgspec.json.encode({key: value for key, value in fields.items() if key not in COMPOSED})
+    return msgspec.json.encode({key: value for key, value in fields.items() if key not in _NOT_THE_ROWS})

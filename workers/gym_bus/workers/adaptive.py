@@ -43,8 +43,8 @@ class Aim(msgspec.Struct, frozen=True, kw_only=True):
     """Of the interval, a fraction of 1."""
     most: Limits = Limits()
     """What it may cost."""
-    add_seed: bool = False
-    """Ask the model for a seed of its own in each rollout, as the job's first ones do."""
+    seeds: int | None = None
+    """As for the job's first rollouts: each asks the model for a seed, this number plus its index."""
 
 
 Ended = Literal["reached", "limit", "cancelled", "nothing scored"]
@@ -184,7 +184,7 @@ class Adapting:
         self.job = msgspec.structs.replace(self.job, record=msgspec.structs.replace(record, spans=spans))
 
     def _extended(self, missing: dict[int, int]) -> Iterator[bytes]:
-        record, inputs = self.job.record, self.job.files.inputs
+        record, inputs, seeds = self.job.record, self.job.files.inputs, self._aim.seeds
         with inputs.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk
@@ -196,7 +196,7 @@ class Adapting:
                     raise DataError(f"{inputs}: no row for rollout 0 of task {task}")
                 row = input_row(first, inputs).row
                 for rollout in range(record.group_size(task), count):
-                    own = with_seed(row, rollout) if self._aim.add_seed else row
+                    own = row if seeds is None else with_seed(row, seeds + rollout)
                     yield materialized_line(own, task, rollout) + b"\n"
         finally:
             rows.close()

@@ -49,6 +49,27 @@ class _Line(msgspec.Struct, frozen=True):
 _line: msgspec.json.Decoder[_Line] = msgspec.json.Decoder(_Line)
 
 
+class _ExtraOurs(msgspec.Struct, frozen=True):
+    stored: _Stored = _Stored()
+
+
+class _ExtraLine(msgspec.Struct, frozen=True):
+    gym_bus: _ExtraOurs | None = None
+
+
+_extra_line: msgspec.json.Decoder[_ExtraLine] = msgspec.json.Decoder(_ExtraLine)
+
+
+def stored_extra(line: bytes) -> bytes:
+    """What an attempt had beside its response, from its line in a failures file, ours or another's: a JSON object.
+
+    Raises:
+        msgspec.DecodeError: the line is none of a rollout.
+    """
+    ours = _extra_line.decode(line).gym_bus
+    return bytes(ours.stored.extra) if ours else b"{}"
+
+
 class Chosen(msgspec.Struct, frozen=True, kw_only=True):
     """Failed rollouts that are to be tried again."""
 

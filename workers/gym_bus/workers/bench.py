@@ -1,43 +1,54 @@
-"""Measure the whole pipeline on one machine: a simulated model over HTTP, the real bus, real workers, real files.
+"""Measure the whole pipeline on one machine: a model over HTTP, the real bus, real workers, real verifiers, real files.
 
-The work is multiple-choice questions of a chosen size with a cheap verifier, so that what is measured is the system.
-Rates and CPU time are taken between 10 % and 90 % of the results: neither the start of processes nor the last
-stragglers count. Peak memory is that of the whole run.
+Without a benchmark the work is multiple-choice questions of a chosen size with a cheap verifier, so that what is
+measured is the system. Rates and CPU time are taken between 10 % and 90 % of the results: neither the start of
+processes nor the last stragglers count. Peak memory is that of the whole run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
-import psutil
 
 from gym_bus.config import Config
 from gym_bus.errors import UsageError
 from gym_bus.results.profile import profile_job
 from gym_bus.results.reader import iter_jsonl
 from gym_bus.settings import ModelConfig
-from gym_bus.workers.plan import Job, Wanted, plan_job, write_down
-from gym_bus.workers.run import Progress, run_job
+from gym_bus.workers.capacity import Measured, Needs, needs
+from gym_bus.workers.local import LocalStack
+from gym_bus.workers.plan import Job, Wanted, plan_job, size_of, write_down
+from gym_bus.workers.publish import publish_requests
+from gym_bus.workers.results import open_writer
+from gym_bus.workers.run import Progress, enrol, run_on
+from gym_bus.workers.usage import AGENT, MODEL, POOL, ROLES, VERIFIER, Sample, Sampler
 
-RUNNER, AGENT, VERIFIER, BROKER, MODEL, OTHER = "runner", "agent", "verifier", "nats-server", "model server", "other"
-ROLES = (RUNNER, AGENT, VERIFIER, BROKER, OTHER, MODEL)
-SAMPLE_S = 0.1
 STEADY = (0.1, 0.9)
 """Shares of the results between which rates and CPU time are taken."""
+SATURATED = 0.9
+"""Share of a core from which an agent worker is taken to be what its rollouts wait for."""
 SERVE_LIMIT_S = 30.0
 STOP_LIMIT_S = 10.0
-STAGES = ("request_queue_s", "model_s", "agent_s", "attempt_queue_s", "verify_s", "publish_s")
+STAGES = (
+    "request_queue_s",
+    "model_queue_s",
+    "model_s",
+    "tools_s",
+    "agent_s",
+    "publish_s",
+    "attempt_queue_s",
+    "verify_s",
+)
 
 _BENCHMARK = """\
 name: bench
@@ -53,10 +64,21 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """What to measure with."""
 
     rollouts: int
-    prompt_bytes: int
+    """At least; with a benchmark, each of its tasks is repeated equally often."""
+    benchmark: str | None = None
+    """Name or folder; None for questions of `prompt_bytes`."""
+    split: str | None = None
+    prompt_bytes: int = 1024
     """Of each question."""
-    api: str
-    """responses or chat."""
+    model: str = "simulated"
+    """Key in the configuration of the model that is served over HTTP: simulated or replay."""
+    api: Literal["responses", "chat"] = "responses"
+    tokens: bool = False
+    """Ask for token ids and log-probabilities."""
+    burst: bool = False
+    """Publish everything before the first worker starts."""
+    target: float | None = None
+    """Rollouts per second to say the needs of; None for what was measured."""
 
 
 class RoleUse(msgspec.Struct, kw_only=True):
@@ -71,6 +93,7 @@ class RoleUse(msgspec.Struct, kw_only=True):
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """How long rollouts spent in one stage, in seconds."""
 
+    mean: float
     p50: float
     p99: float
 
@@ -91,69 +114,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """All processes but the model server, at one moment."""
     roles: dict[str, RoleUse]
     stages: dict[str, Stage]
-
-
-class _Sample(msgspec.Struct, frozen=True):
-    at_s: float
-    done: int
-    cpu_s: dict[str, float]
-    rss: dict[str, int]
-
-
-class Sampler(threading.Thread):
-    """Reads CPU time and memory of this process and its children, ten times a second, from a thread."""
-
-    def __init__(self, done: Callable[[], int]) -> None:
-        super().__init__(name="bench sampler", daemon=True)
-        self._done = done
-        self._ended = threading.Event()
-        self._cpu: dict[tuple[int, float], tuple[str, float]] = {}
-        self._names: dict[tuple[int, float], str] = {}
-        self.samples: list[_Sample] = []
-        self.processes: dict[str, int] = {}
-
-    def run(self) -> None:
-        """Sample until `end`."""
-        while not self._ended.wait(SAMPLE_S):
-            self.sample()
-
-    def end(self) -> None:
-        """Take a last sample and stop."""
-        self._ended.set()
-        self.join()
-        self.sample()
-
-    def sample(self) -> None:
-        """One look at every process; what a dead one used stays counted."""
-        done, now = self._done(), time.monotonic()
-        rss: dict[str, int] = {}
-        count: dict[str, int] = {}
-        own = psutil.Process()
-        for process in (own, *own.children(recursive=True)):
-            with contextlib.suppress(psutil.Error):
-                key = (process.pid, process.create_time())
-                if key not in self._names:
-                    self._names[key] = RUNNER if process.pid == os.getpid() else role_of(process.cmdline())
-                role = self._names[key]
-                times = process.cpu_times()
-                self._cpu[key] = (role, times.user + times.system)
-                rss[role] = rss.get(role, 0) + process.memory_info().rss
-                count[role] = count.get(role, 0) + 1
-        cpu: dict[str, float] = {}
-        for role, used in self._cpu.values():
-            cpu[role] = cpu.get(role, 0.0) + used
-        self.processes = {role: max(n, self.processes.get(role, 0)) for role, n in (self.processes | count).items()}
-        self.samples.append(_Sample(now, done, cpu, rss))
-
-
-def role_of(command: list[str]) -> str:
-    """The role of a child process by its command line."""
-    if command and command[0].endswith("nats-server"):
-        return BROKER
-    for role in (AGENT, VERIFIER):
-        if command[-4:-2] == ["worker", role]:
-            return role
-    return MODEL if "serve" in command else OTHER
+    needs: Needs | None = None
+    """None where nothing was measured."""
+    accepted_per_s: float | None = None
+    """Of a burst: requests that the broker took per second, before any worker was there."""
+    accepted: int = 0
 
 
 def write_benchmark(folder: Path, load: Load) -> None:
@@ -168,27 +133,15 @@ def write_benchmark(folder: Path, load: Load) -> None:
 
 
 @contextlib.asynccontextmanager
-async def serve_model(config: Config) -> AsyncIterator[str]:
+async def serve_model(config: Config, name: str) -> AsyncIterator[str]:
     """`gym-bus model serve` in a process of its own; gives its address.
 
     Raises:
         UsageError: it did not start.
     """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "gym_bus.cli.main",
-        "model",
-        "serve",
-        "--config",
-        "-",
-        "--model",
-        "simulated",
-        "--port",
-        "0",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
+    command = [sys.executable, "-m", "gym_bus.cli.main", "model", "serve", "--config", "-", "--model", name]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, "--port", "0", stdin=pipe, stdout=pipe)
     assert process.stdin
     assert process.stdout
     try:
@@ -196,7 +149,7 @@ async def serve_model(config: Config) -> AsyncIterator[str]:
         process.stdin.close()
         line = await asyncio.wait_for(process.stdout.readline(), SERVE_LIMIT_S)
         if b" at http" not in line:
-            raise UsageError("the simulated model could not be served")
+            raise UsageError(f"the model {name!r} could not be served")
         yield line.decode().strip().rpartition(" at ")[2]
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -221,19 +174,29 @@ async def measure(load: Load, config: Config, on_start: Callable[[Progress], Non
     """
     folder = Path(tempfile.mkdtemp(prefix="gym-bus-bench-"))
     try:
-        write_benchmark(folder, load)
-        async with serve_model(config) as address:
-            model = ModelConfig(base_url=address, api="chat" if load.api == "chat" else "responses")
+        async with serve_model(config, load.model) as address:
+            model = ModelConfig(base_url=address, api=load.api, return_tokens=load.tokens)
             config = msgspec.structs.replace(config, models={"bench": model})
-            job = write_down(plan_job(Wanted(benchmark=str(folder), model="bench"), config), folder / "out")
-            return await _measure(job, config, on_start)
+            job = await asyncio.to_thread(_write_job, load, config, folder)
+            return await _measure(job, load, config, on_start)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _measure(job: Job, config: Config, on_start: Callable[[Progress], None]) -> Report:
+def _write_job(load: Load, config: Config, folder: Path) -> Job:
+    if load.benchmark is None:
+        write_benchmark(folder, load)
+        return write_down(plan_job(Wanted(benchmark=str(folder), model="bench"), config), folder / "out")
+    wanted = Wanted(benchmark=load.benchmark, model="bench", split=load.split, num_repeats=1)
+    rows = size_of(plan_job(wanted, config)).rollouts
+    wanted = msgspec.structs.replace(wanted, num_repeats=-(-load.rollouts // max(1, rows)))
+    return write_down(plan_job(wanted, config), folder / "out")
+
+
+async def _measure(job: Job, load: Load, config: Config, on_start: Callable[[Progress], None]) -> Report:
     progress: list[Progress] = []
     sampler = Sampler(lambda: progress[0].finished if progress else 0)
+    accepted_per_s: float | None = None
 
     def begin(run: Progress) -> None:
         progress.append(run)
@@ -241,18 +204,56 @@ async def _measure(job: Job, config: Config, on_start: Callable[[Progress], None
 
     sampler.start()
     try:
-        result = await run_job(job, config, on_start=begin)
+        with open_writer(job.record, job.files, config.results) as writer:
+            verifier = job.record.verifier
+            async with LocalStack(config, job.files.folder, verifier=verifier, workers_later=load.burst) as stack:
+                if load.burst:
+                    accepted_per_s = await _burst(job, stack)
+                    await stack.start_workers()
+                result = await run_on(job, stack, writer, begin)
+                stack.complete()
     finally:
         await asyncio.to_thread(sampler.end)
-    counts = profile_job(job.files).counts
-    return report(sampler, counts.expected, counts.failed, result.wall_s, stages_of(job.files.rollouts))
+    counts = await asyncio.to_thread(lambda: profile_job(job.files).counts)
+    stages = await asyncio.to_thread(stages_of, job.files.rollouts)
+    found = report(sampler, counts.expected, counts.failed, result.wall_s, stages)
+    return msgspec.structs.replace(
+        found,
+        accepted=job.record.total if load.burst else 0,
+        accepted_per_s=accepted_per_s,
+        needs=needs_of(found, load.target or found.rollouts_per_s, config) if stages else None,
+    )
+
+
+async def _burst(job: Job, stack: LocalStack) -> float:
+    """Publish every request of the job; returns how many the broker took per second."""
+    await enrol(stack.bus, job.record)
+    started = time.monotonic()
+    await publish_requests(stack.bus, job.order, job.files.inputs, lambda _: 1, job.record.group_size)
+    return job.record.total / (time.monotonic() - started)
+
+
+def needs_of(found: Report, rollouts_per_s: float, config: Config) -> Needs:
+    """The workers that a rate needs, as far as this run shows it."""
+
+    def cpu_s(role: str) -> float:
+        return found.roles[role].cpu_ms_per_rollout / 1000 if role in found.roles else 0.0
+
+    agent = found.stages["agent_s"]
+    busy = found.rollouts_per_s * cpu_s(AGENT) / max(1, config.local.agents)
+    measured = Measured(
+        agent_cpu_s=cpu_s(AGENT),
+        verifier_cpu_s=cpu_s(VERIFIER),
+        pool_cpu_s=cpu_s(POOL),
+        all_cpu_s=found.cpu_ms_per_rollout / 1000,
+        held_s=min(agent.mean, agent.p50) if busy >= SATURATED else agent.mean,
+    )
+    return needs(measured, rollouts_per_s, config.agent.concurrency)
 
 
 def report(sampler: Sampler, rollouts: int, failed: int, wall_s: float, stages: dict[str, Stage]) -> Report:
     """Figures from the samples of one run."""
-    low, high = (share * rollouts for share in STEADY)
-    inside = [s for s in sampler.samples if low <= s.done <= high]
-    first, last = (inside[0], inside[-1]) if len(inside) > 1 else (sampler.samples[0], sampler.samples[-1])
+    first, last = _steady(sampler.samples, rollouts)
     done = max(1, last.done - first.done)
     roles = {
         role: RoleUse(
@@ -276,6 +277,12 @@ def report(sampler: Sampler, rollouts: int, failed: int, wall_s: float, stages: 
     )
 
 
+def _steady(samples: list[Sample], rollouts: int) -> tuple[Sample, Sample]:
+    low, high = (share * rollouts for share in STEADY)
+    inside = [s for s in samples if low <= s.done <= high]
+    return (inside[0], inside[-1]) if len(inside) > 1 else (samples[0], samples[-1])
+
+
 class _Timed(msgspec.Struct):
     timings: dict[str, float]
 
@@ -285,13 +292,12 @@ class _Row(msgspec.Struct):
 
 
 def stages_of(rollouts: Path) -> dict[str, Stage]:
-    """Median and 99th percentile of each stage's seconds over the lines of a rollouts file."""
+    """Mean, median and 99th percentile of each stage's seconds over the lines of a rollouts file."""
     decoder = msgspec.json.Decoder(_Row)
     rows = [decoder.decode(data).gym_bus.timings for _, data in iter_jsonl(rollouts)]
-    if not rows:
-        return {}
     made = {}
-    for stage in STAGES:
-        p50, p99 = np.percentile([row.get(stage, 0.0) for row in rows], [50, 99])
-        made[stage] = Stage(p50=float(p50), p99=float(p99))
+    for stage in STAGES if rows else ():
+        seconds = np.array([row.get(stage, 0.0) for row in rows])
+        p50, p99 = np.percentile(seconds, [50, 99])
+        made[stage] = Stage(mean=float(seconds.mean()), p50=float(p50), p99=float(p99))
     return made

@@ -134,9 +134,19 @@ class LocalStack:
     """Server (unless `bus.url` is set), connection and workers of one local run."""
 
     def __init__(
-        self, config: Config, folder: Path, *, verifier: str, workers: bool = True, verifiers_only: bool = False
+        self,
+        config: Config,
+        folder: Path,
+        *,
+        verifier: str,
+        workers: bool = True,
+        verifiers_only: bool = False,
+        workers_later: bool = False,
     ) -> None:
-        """Its workers serve `verifier` alone, unless `verifier.names` is set: not every job needs a sandbox."""
+        """Its workers serve `verifier` alone, unless `verifier.names` is set: not every job needs a sandbox.
+
+        With `workers_later` they begin when `start_workers` is called.
+        """
         names = config.verifier.names or ((verifier,) if verifier else ())
         verifiers = msgspec.structs.replace(config.verifier, names=names)
         self.config, self._folder = msgspec.structs.replace(config, verifier=verifiers), folder
@@ -145,6 +155,7 @@ class LocalStack:
             if workers
             else []
         )
+        self._workers_later = workers_later
         self.server: EmbeddedServer | None = None
         self.workers: list[WorkerProcess] = []
         self.bus: Bus
@@ -183,6 +194,11 @@ class LocalStack:
             # Left by a run that was killed: its workers are gone, so what they held is free now, not when leases end.
             await self.bus.forget_consumers()
         await self.bus.init()
+        if not self._workers_later:
+            await self.start_workers()
+
+    async def start_workers(self) -> None:
+        """Launch every worker process."""
         logs = self._folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         for number, role in enumerate(self._roles):

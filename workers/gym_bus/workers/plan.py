@@ -15,10 +15,12 @@ import msgspec
 from gym_bus.agents.registry import AGENTS
 from gym_bus.benchmarks.dataset import expand, materialize, materialized_line
 from gym_bus.benchmarks.prepare import find_convert
+from gym_bus.benchmarks.prompt import Prompt
 from gym_bus.benchmarks.spec import Benchmark, data_path, load_benchmark
 from gym_bus.config import Config
 from gym_bus.errors import DataError, UsageError, did_you_mean
 from gym_bus.jobs import JobRecord, spans_of
+from gym_bus.origins import Layer
 from gym_bus.results.files import JobFiles
 from gym_bus.results.lock import FileLock
 from gym_bus.results.manifest import Manifest, differences, new_job_id
@@ -67,6 +69,13 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """None for the benchmark's own."""
     shard: Shard | None = None
     """None for all tasks."""
+    changes: tuple[Layer, ...] = ()
+    """What is wanted otherwise than the benchmark's configuration says; see `load_benchmark`."""
+
+    @property
+    def own_prompt(self) -> bool:
+        """Whether the prompt is the user's, not the benchmark's."""
+        return any({"prompt", "prompt_config"} & layer.values.keys() for layer in self.changes)
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,12 +112,11 @@ def plan_job(wanted: Wanted, config: Config) -> Plan:
     Raises:
         UsageError: an unknown name, an option that does not fit, data that is not prepared; says what to do.
     """
-    benchmark = load_benchmark(wanted.benchmark)
+    other_agent = (Layer("--agent", {"agent": {"name": wanted.agent}}),) if wanted.agent else ()
+    benchmark = load_benchmark(wanted.benchmark, (*other_agent, *wanted.changes))
     split = wanted.split or benchmark.main.name
-    agent = wanted.agent or benchmark.spec.agent.name
-    agent_options = (benchmark.spec.agent.options if agent == benchmark.spec.agent.name else {}) | dict(
-        config.job.agent_options
-    )
+    agent = benchmark.spec.agent.name
+    agent_options = benchmark.spec.agent.options | config.job.agent_options
     make_agent(agent, agent_options)
     verifier = benchmark.spec.verifier.name
     verifier_options = benchmark.spec.verifier.options | config.job.verifier_options
@@ -123,7 +131,7 @@ def plan_job(wanted: Wanted, config: Config) -> Plan:
         wanted=wanted,
         benchmark=benchmark,
         data=_find_data(benchmark, wanted, split, Path(config.data_dir)),
-        repeats=wanted.num_repeats or benchmark.dataset(split).num_repeats,
+        repeats=wanted.num_repeats or benchmark.num_repeats or benchmark.dataset(split).num_repeats,
         agent=agent,
         agent_options=agent_options,
         verifier=verifier,
@@ -223,10 +231,24 @@ def _lines(plan: Plan) -> Iterator[tuple[int, int, bytes]]:
         overrides=plan.config.job.sampling,
         limit=plan.wanted.limit,
         convert=find_convert(plan.benchmark, plan.split) if plan.wanted.input else None,
-        own_input=plan.wanted.input is not None,
+        own_input=plan.wanted.input is not None and not plan.wanted.own_prompt,
     )
-    for r in expand(tasks, plan.repeats, add_seed=plan.config.job.seed_per_repeat):
+    for r in expand(tasks, plan.repeats, seeds=plan.config.job.seeds):
         yield r.task_index, r.rollout_index, materialized_line(r.row, r.task_index, r.rollout_index)
+
+
+class Size(msgspec.Struct, frozen=True):
+    """How much a job is."""
+
+    tasks: int
+    rollouts: int
+
+
+def size_of(plan: Plan) -> Size:
+    """Read the job's rows, write nothing. Raises DataError where a row is broken; names file and line."""
+    shard = plan.wanted.shard
+    indices = [task for task, _, _ in _lines(plan) if shard is None or task in shard]
+    return Size(tasks=len(set(indices)), rollouts=len(indices))
 
 
 class _Digests(msgspec.Struct, frozen=True):
@@ -271,11 +293,18 @@ def _manifest(plan: Plan, digests: _Digests, tasks: int) -> Manifest:
         verifier_options=plan.verifier_options,
         verifier_digest=plan.verifier_digest,
         config_digest=config_digest(plan.model, plan.config.job.limit_s),
+        sampling=plan.config.job.sampling,
+        seeds=plan.config.job.seeds,
+        prompt=_prompt_digest(plan.benchmark.spec.prompt),
         limit_s=plan.config.job.limit_s,
         gym_bus_version=version("gym-bus"),
         shard=str(plan.wanted.shard or ""),
         shard_of=digests.of_all_shards,
     )
+
+
+def _prompt_digest(prompt: Prompt | None) -> str:
+    return hashlib.sha256(msgspec.json.encode(prompt, order="sorted")).hexdigest() if prompt else ""
 
 
 def config_digest(model: ModelConfig, limit_s: float) -> str:
@@ -286,6 +315,8 @@ def config_digest(model: ModelConfig, limit_s: float) -> str:
     }
     if model.kind == "replay" and model.file:
         parts["replay"] = hashlib.sha256(Path(model.file).read_bytes()).hexdigest()
+        if model.cycle:
+            parts["cycle"] = True
     if model.kind == "simulated":  # its latency and its faults change when an answer comes, not what it is
         s = model.simulated
         parts["simulated"] = [s.seed, s.output_tokens, s.text, s.tokens]

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import re
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -146,6 +147,9 @@ async def publish_requests(
         if on_progress:
             on_progress(behind)
         if await is_cancelled(bus, order.job):
+            # Again: something went out since the queue was emptied.
+            purge = partial(bus.purge, subjects.REQUESTS, subjects.requests_of(order.job))
+            await patiently(purge, order.job)
             break
     return published
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -34,7 +34,8 @@ class Progress:
     """What a running job shows: read by the display, written by the run."""
 
     def __init__(self, record: JobRecord, ledger: Ledger) -> None:
-        self.job_name, self.total = f"{record.benchmark} {record.model}".strip(), record.total
+        self.job, self.job_name = record.job, f"{record.benchmark} {record.model}".strip()
+        self.total = record.total
         self.ledger = ledger
         self.published = 0
         """Input lines that the broker has taken."""
@@ -108,7 +109,7 @@ async def run_job(
     with open_writer(job.record, job.files, config.results) as writer:
         if not writer.ledger.missing_count and not worth_retrying(writer.ledger, config.results.max_attempts):
             on_start(Progress(job.record, writer.ledger))
-            await _close_books(job, config)
+            await close_books([job.record], config, job.files.folder / STORE)
             return RunResult(ledger=writer.ledger, wall_s=0.0, finished=0)
         async with LocalStack(config, job.files.folder, verifier=job.record.verifier, workers=workers) as stack:
             result = await _run(job, stack, writer, on_start)
@@ -116,14 +117,15 @@ async def run_job(
             return result
 
 
-async def _close_books(job: Job, config: Config) -> None:
+async def close_books(records: Iterable[JobRecord], config: Config, store: Path) -> None:
     """What a run that was killed at its very end has left undone: the files are complete, the bus does not know."""
     if config.bus.url is None:
-        await asyncio.to_thread(shutil.rmtree, job.files.folder / STORE, ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, store, ignore_errors=True)
         return
     with contextlib.suppress(BusError):  # nothing is needed of the bus, so it may be gone
         async with await Bus.connect(config.bus) as bus:
-            await retire(bus, job.record)
+            for record in records:
+                await retire(bus, record)
 
 
 async def run_on(job: Job, stack: LocalStack, writer: ResultsWriter, on_start: Callable[[Progress], None]) -> RunResult:
@@ -194,7 +196,7 @@ async def _publish(bus: Bus, job: Job, consumer: ResultsConsumer, progress: Prog
         await again.order({rollout: (number, 0) for rollout, number in retrying.items()})
     if consumer.retries_only:
         return
-    start = await patiently(lambda: issued_count(bus, job.record.job), job.record.job)
+    start = progress.published = await patiently(lambda: issued_count(bus, job.record.job), job.record.job)
 
     def moved(behind: int) -> None:
         progress.published = behind
@@ -248,16 +250,17 @@ async def submit_job(bus: Bus, job: Job) -> int:
 async def cancel_job(bus: Bus, record: JobRecord) -> int:
     """Stop a job: nothing of it is started any more, and every rollout without a result fails as cancelled.
 
-    Returns the number of rollouts that were cancelled.
+    Returns the number of rollouts that are cancelled, whoever wrote it down: workers and the results consumer hear of
+    it at the same time.
     """
     job = record.job
+    results = subjects.results_of(job)
     await bus.put(subjects.JOBS, job, msgspec.structs.replace(record, state="cancelled"))
     await bus.announce(f"{CONTROL_CANCEL}.{job}", str(time.time()).encode())
     await bus.purge(subjects.REQUESTS, subjects.requests_of(job))
     await bus.purge(subjects.ATTEMPTS, subjects.attempts_of(job))
-    have = await bus.recorded(subjects.RESULTS, subjects.results_of(job))
+    have = {(o.task_index, o.rollout_index) async for o in bus.outcomes(subjects.RESULTS, results)}
     failure = Failure(kind=FailureKind.CANCELLED, detail="the job was cancelled", stage="bus")
-    cancelled = 0
     batch: list[Failed] = []
     for rollout in record.rollouts():
         if (rollout.task_index, rollout.rollout_index) in have:
@@ -274,14 +277,14 @@ async def cancel_job(bus: Bus, record: JobRecord) -> int:
             )
         )
         if len(batch) == 1024:
-            cancelled += await _publish_all(bus, batch)
+            await _publish_all(bus, batch)
             batch = []
-    return cancelled + await _publish_all(bus, batch)
+    await _publish_all(bus, batch)
+    return len([o async for o in bus.outcomes(subjects.RESULTS, results) if o.failure == FailureKind.CANCELLED])
 
 
-async def _publish_all(bus: Bus, failures: list[Failed]) -> int:
-    stored = await asyncio.gather(*(bus.publish(f, f"{f.rollout}#cancelled") for f in failures))
-    return sum(stored)
+async def _publish_all(bus: Bus, failures: list[Failed]) -> None:
+    await asyncio.gather(*(bus.publish(f, f"{f.rollout}#cancelled") for f in failures))
 
 
 class Status(msgspec.Struct, kw_only=True):
