@@ -25,7 +25,9 @@ from gym_bus.models.throttle import RAMP_FLOOR, Tally, Throttle
 BUDGET_PER_CALL = 0.01
 """Part of the calls that may be refused: to find out whether the endpoint takes more, or because it is like that."""
 BUDGET_PER_S = 1 / 120
-MOST_BUDGET = 3.0
+MOST_BUDGET = 4.0
+CALLS_PER_FINDING = 2
+"""Calls that are refused where there is a place too many: the second shows that the first was not by chance."""
 QUIET_S = 3.0
 """After the limit was lowered, before it is raised."""
 RAISE_S = 0.5
@@ -48,7 +50,6 @@ SPARE_PACE = 0.1
 PACE_HALF = 0.5
 LEAST_PART = 4.0
 """Calls per second of one member: many that call now and then do not make an even stream."""
-FIRST_PACE_STREAK = 3
 LOOK_REFUSED, LOOK_CALLS = 8, 400
 """The share of refusals is taken over so many of them, or so many calls."""
 LOOK_NONE = 7
@@ -318,7 +319,7 @@ class Partner:
         fleet.look_refused += due.odd - explained
         noisy = fleet.noise >= TROUBLE  # single refusals say nothing then
         covered = due.odd - explained if noisy else min(due.odd - explained, int(fleet.budget))
-        fleet.budget = max(0.0, fleet.budget - due.odd)
+        fleet.budget = max(0.0, fleet.budget - CALLS_PER_FINDING * due.odd)
         if fleet.limit is not None and not fleet.pace and fleet.trial is None:
             self._lower(fleet, me, due.odd - covered)
 
@@ -408,7 +409,7 @@ class Partner:
         if not calm or fleet.limit is None:
             return 0
         back = fleet.limit < BACK * fleet.high  # it had more before it took nothing for a while
-        if not (back or fleet.streak or fleet.budget >= 1):
+        if not (back or fleet.streak or fleet.budget >= CALLS_PER_FINDING):
             return 0
         if sum(member.busy for member in fleet.members.values()) >= PRESSED * fleet.limit:
             if not back:

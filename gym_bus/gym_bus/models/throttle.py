@@ -2,8 +2,9 @@
 
 An endpoint that never refuses is never held back: calls are let in as fast as the ramp lets them, a fifth more than
 the endpoint has been seen to take, every twentieth of a second. Where it refuses (429, 503, 529) what lies beyond
-that, what it has taken becomes the limit; afterwards every refusal says that there is one place too many, and takes
-it. Places come back from the fleet, which raises the sum of all processes with care (see `fleet`).
+that, what it has taken becomes the limit. Afterwards a refusal that the next call's refusal confirms says that there
+is one place too many, and takes it; a single one is chance. Places come back from the fleet, which raises the sum of
+all processes with care (see `fleet`).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class End(Enum):
 class Ticket:
     """One call that was let in."""
 
-    __slots__ = ("counted", "ended", "level", "started_at")
+    __slots__ = ("counted", "ended", "level", "probe", "started_at")
 
     def __init__(self, started_at: float, level: int) -> None:
         self.started_at = started_at
@@ -58,6 +59,8 @@ class Ticket:
         """Calls of this process at the endpoint when it began, itself included."""
         self.counted = False
         self.ended = False
+        self.probe = False
+        """Whether it shows if the refusal before it was by chance."""
 
 
 class Tally(msgspec.Struct):
@@ -66,7 +69,8 @@ class Tally(msgspec.Struct):
     taken: int = 0
     refused: int = 0
     odd: int = 0
-    """Of these, those of calls that were not the most that the endpoint ever had of us."""
+    """Of these, those of calls that were not the most that the endpoint ever had of us, each of them the second of two
+    in a row: what is refused by chance is taken when it is tried again."""
     limited: bool = False
     """Places were counted for the first time: what the endpoint had taken."""
     lost: int = 0
@@ -118,6 +122,7 @@ class Throttle:
         self._proven = 0
         self._young: deque[Ticket] = deque()
         self._resting: deque[float] = deque()
+        self._suspect = 0
         self._rounds = 0
         self._refused_at = self._held_at = self._cut_at = float("-inf")
         self._closed_until: float | None = None
@@ -198,6 +203,8 @@ class Throttle:
         """A call begins; `room` has been asked."""
         self.in_flight += 1
         ticket = Ticket(now, self.in_flight)
+        ticket.probe = self._suspect > 0
+        self._suspect -= ticket.probe
         self._young.append(ticket)
         if self.pace:
             self._next_start = max(now - LATE_S, self._next_start) + 1 / self.pace
@@ -238,7 +245,7 @@ class Throttle:
         self.taken_at = now
         self.tally.taken += 1
         self._proven = max(self._proven, ticket.level)
-        if self._ceiling is not None and ticket.level > self._ceiling:
+        if self._ceiling is not None and ticket.level >= self._ceiling:
             self._ceiling, self._strikes = None, 0  # it was no ceiling
         steep = ticket.level * RAMP_GROWTH
         self._ramp = max(self._ramp, ticket.level + 1, min(steep, self._ceiling or steep))
@@ -247,12 +254,15 @@ class Throttle:
 
     def _refuse(self, ticket: Ticket, now: float, retry_after_s: float | None) -> None:
         self.tally.refused += 1
-        most_s = min(MOST_REST_S, self._backoff.first_s)
-        self._resting.append(now + min(max(self._mean_s or most_s, LEAST_REST_S), most_s))
-        frontier = self.places is None and ticket.level > min(self._proven, (self._ceiling or math.inf) - 1)
-        self.tally.odd += not frontier
         if ticket.started_at > self._refused_at + RIPE_S * (self._rounds > 0):
             self._rounds, self._refused_at = self._rounds + 1, now
+        frontier = self.places is None and ticket.level > min(self._proven, (self._ceiling or math.inf) - 1)
+        if frontier or ticket.probe or self.pace or self._rounds >= ROUNDS_TO_CLOSE:
+            most_s = min(MOST_REST_S, self._backoff.first_s)
+            self._resting.append(now + min(max(self._mean_s or most_s, LEAST_REST_S), most_s))
+            self.tally.odd += not frontier
+        else:  # the next call shows whether it was by chance
+            self._suspect += 1
         if frontier:
             self._hold(ticket, now)
         elif self._rounds == ROUNDS_TO_CLOSE and self.in_flight:

@@ -59,6 +59,7 @@ class SharedLimits:
             self._need(found[0], random.uniform(0.0, 0.05))
 
     async def _run(self) -> None:
+        alone = False
         while True:
             key = min(self._due, key=self._due.__getitem__, default=None)
             self._changed.clear()
@@ -71,8 +72,11 @@ class SharedLimits:
             try:
                 async with asyncio.timeout(BUS_LIMIT_S):
                     await self._settle(gate, partner)
+                alone = False
             except (BusError, TimeoutError) as e:
-                log.info("limits_not_shared", endpoint=key, error=str(e) or "the bus does not answer")
+                if not alone:  # said once, however long it lasts
+                    log.info("limits_not_shared", endpoint=key, error=str(e) or "the bus does not answer")
+                alone = True
                 partner.go_alone()
             gate.settled()
 
