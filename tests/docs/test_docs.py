@@ -154,12 +154,15 @@ def script(page: Path, folder: Path, port: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-QUICK = ("README.md", "docs/how-to/extend.md", "docs/how-to/train.md", "docs/how-to/configuration.md")
+QUICK = (
+    "README.md",
+    "benchmarks/gym_bus/benchmarks/gsm8k/README.md",
+    *(f"docs/how-to/{name}.md" for name in ("extend", "train", "configuration")),
+)
 
 
 def _marked(page: Path) -> Any:
-    quick = name_of(page) in QUICK or page.is_relative_to(ROOT / "benchmarks")
-    return pytest.param(page, marks=() if quick else pytest.mark.slow, id=name_of(page))
+    return pytest.param(page, marks=() if name_of(page) in QUICK else pytest.mark.slow, id=name_of(page))
 
 
 @pytest.mark.parametrize("page", [_marked(page) for page in WITH_COMMANDS])
