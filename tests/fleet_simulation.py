@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -32,16 +33,53 @@ def exponential(mean_s: float) -> Latency:
 class Endpoint:
     """Takes so many calls at a time and refuses the others at once."""
 
+    retry_after_s: float | None = None
+    """What it tells those that it refuses."""
+
     def __init__(self, most: int, latency: Latency, *, noise: float = 0.0) -> None:
         self.most, self.latency, self.noise = most, latency, noise
         self.closed = False
         self.busy = self.peak = 0
 
-    def takes(self, drawn: random.Random) -> bool:
-        if self.closed or self.busy >= self.most or drawn.random() < self.noise:
+    def takes(self, drawn: random.Random, now: float) -> bool:
+        if self.closed or drawn.random() < self.noise or not self._has_room(now):
             return False
         self.busy += 1
         self.peak = max(self.peak, self.busy)
+        return True
+
+    def _has_room(self, now: float) -> bool:
+        return self.busy < self.most
+
+
+class Window(Endpoint):
+    """Lets `most` calls begin within any one second."""
+
+    def __init__(self, most: int, latency: Latency, *, noise: float = 0.0) -> None:
+        super().__init__(most, latency, noise=noise)
+        self._begun: deque[float] = deque()
+
+    def _has_room(self, now: float) -> bool:
+        while self._begun and self._begun[0] <= now - 1:
+            self._begun.popleft()
+        if len(self._begun) >= self.most:
+            return False
+        self._begun.append(now)
+        return True
+
+
+class Bucket(Endpoint):
+    """Lets a call begin for a token; `most` come per second, and so many are kept."""
+
+    def __init__(self, most: int, latency: Latency, *, noise: float = 0.0) -> None:
+        super().__init__(most, latency, noise=noise)
+        self._tokens, self._at = float(most), 0.0
+
+    def _has_room(self, now: float) -> bool:
+        self._tokens, self._at = min(self.most, self._tokens + (now - self._at) * self.most), now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
         return True
 
 
@@ -156,7 +194,7 @@ class SimulatedWorker:
 
     def _arrive(self, ticket: Ticket) -> None:
         world = self._world
-        taken = world.endpoint.takes(world.drawn)
+        taken = world.endpoint.takes(world.drawn, world.now)
         world.log.append((world.now, taken))
         if taken:
             world.at(world.now + world.endpoint.latency(world.drawn), self._done, ticket)
@@ -170,7 +208,8 @@ class SimulatedWorker:
 
     def _over(self, ticket: Ticket, end: End) -> None:
         if self.alive:
-            self.throttle.end(ticket, self._world.now, end)
+            retry_after_s = self._world.endpoint.retry_after_s if end is End.REFUSED else None
+            self.throttle.end(ticket, self._world.now, end, retry_after_s)
             self.waiting += 1
             self.kick()
 

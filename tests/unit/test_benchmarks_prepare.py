@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from gym_bus.benchmarks import prepare as prepare_module
 from gym_bus.benchmarks.gsm8k.prepare import convert as gsm8k_convert
-from gym_bus.benchmarks.prepare import find_convert, prepare
+from gym_bus.benchmarks.prepare import find_convert, optional_in, prepare
 from gym_bus.benchmarks.spec import Benchmark, load_benchmark
 from gym_bus.errors import ConfigError, DataError, UsageError
 
@@ -213,6 +214,74 @@ def test_a_download_that_breaks_off_says_what_to_do(tmp_path: Path, site: _Site)
         UsageError, match=r"cannot fetch http://.*: the connection ended after \d+ of \d+ bytes.*--source"
     ):
         prepare(benchmark, tmp_path / "data", say=quiet)
+
+
+def without_checksum(folder: Path, url: str = "http://127.0.0.1:9/data.jsonl", file: str = "data.jsonl") -> Benchmark:
+    """A benchmark of whose file no checksum is known, and editions of it carry their number."""
+    benchmark = a_benchmark(folder, url, file)
+    text = re.sub(r"sha256=\S+,\)", 'editions="data-v*.jsonl"', (folder / "prepare.py").read_text())
+    (folder / "prepare.py").write_text(text)
+    (folder / "config.yaml").write_text(CONFIG.replace("path: test.jsonl,", "path: test.jsonl, optional: true,"))
+    return load_benchmark(str(benchmark.folder))
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data-v0.1.10.jsonl", "mine/data-v1.jsonl.gz"])
+def test_without_a_checksum_any_edition_is_taken_and_its_digest_is_told(tmp_path: Path, name: str) -> None:
+    benchmark, file = without_checksum(tmp_path / "bench"), tmp_path / "source" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(gzip.compress(PUBLISHED) if name.endswith(".gz") else PUBLISHED)
+    said: list[str] = []
+
+    prepared = prepare(benchmark, tmp_path / "data", source_dir=tmp_path / "source", say=said.append)
+
+    assert (prepared.rows, prepared.source) == (3, str(file))
+    assert f"{file}: no checksum of it is known; its sha256 is {hashlib.sha256(PUBLISHED).hexdigest()}" in said
+    assert optional_in(benchmark, tmp_path / "source") == ["test"]
+    assert optional_in(benchmark, tmp_path / "bench") == []
+    assert optional_in(a_benchmark(tmp_path / "other"), tmp_path / "source") == []
+
+
+def test_without_a_checksum_two_editions_are_one_too_many(tmp_path: Path) -> None:
+    benchmark = without_checksum(tmp_path / "bench")
+    (tmp_path / "data-v1.jsonl").write_bytes(PUBLISHED)
+    (tmp_path / "data-v1.jsonl.gz").write_bytes(gzip.compress(PUBLISHED))
+    assert prepare(benchmark, tmp_path / "data", source_dir=tmp_path, say=quiet).rows == 3
+    (tmp_path / "data-v2.jsonl").write_bytes(PUBLISHED * 2)
+
+    with pytest.raises(UsageError, match=r"data-v1.jsonl, .*data-v2.jsonl.*: these differ.*leave one there"):
+        prepare(benchmark, tmp_path / "data", source_dir=tmp_path, say=quiet)
+
+
+def test_without_a_checksum_a_damaged_file_is_refused_all_the_same(tmp_path: Path, site: _Site) -> None:
+    site.body = b"<html>"
+    benchmark = without_checksum(tmp_path / "bench", url_of(site, "/data.jsonl.gz"), "data.jsonl.gz")
+
+    with pytest.raises(UsageError, match=r"data.jsonl.gz is damaged: it is no gzip file"):
+        prepare(benchmark, tmp_path / "data", say=quiet)
+
+
+def test_without_a_checksum_a_download_starts_again_and_is_fetched_once(tmp_path: Path, site: _Site) -> None:
+    begun(tmp_path, b"older" + PUBLISHED[5:50])
+    benchmark = without_checksum(tmp_path / "bench", url_of(site))
+
+    counts = [prepare(benchmark, tmp_path / "data", say=quiet).rows for _ in range(2)]
+
+    assert (counts, site.ranges) == ([3, 3], [""])
+
+
+def test_rows_are_completed_before_they_are_written(tmp_path: Path) -> None:
+    benchmark = a_benchmark(tmp_path / "bench")
+    (tmp_path / "data.jsonl").write_bytes(PUBLISHED)
+
+    prepared = prepare(
+        benchmark,
+        tmp_path / "data",
+        source_dir=tmp_path,
+        say=quiet,
+        complete=lambda rows: ({**row, "more": 1} for row in rows),
+    )
+
+    assert rows_of(prepared.path)[1] == {"question": "2?", "expected_answer": "2", "more": 1}
 
 
 def begun(tmp_path: Path, content: bytes) -> Path:

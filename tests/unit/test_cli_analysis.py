@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gym_bus.cli import eval as eval_cli
+from gym_bus.cli.adaptive import take_aim
 from gym_bus.errors import UsageError
 
 
@@ -93,7 +94,7 @@ def test_a_comparison_is_told_in_words(folder: Path, tmp_path: Path) -> None:
     result = call("compare", folder, tmp_path / "better.jsonl", "--by", "level", "--flips", "2")
 
     assert "+33.33 points (95 % interval" in result.stdout
-    assert "4 tasks better in B, 0 worse" in result.stdout
+    assert "tasks better in B: 4, worse: 0" in result.stdout
     assert "changed tasks, 2 of 4" in result.stdout
     assert "by level: what adds up" in result.stdout
     assert "WARNING: a job has no materialized inputs" in result.stderr
@@ -110,3 +111,17 @@ def test_a_comparison_for_programs_lists_every_flip(folder: Path) -> None:
 def test_limits_without_an_aim_are_refused(limit: str) -> None:
     with pytest.raises(UsageError, match="the limits of --until-ci"):
         call("run", "gsm8k", "--model", "simulated", limit, "5")
+
+
+def test_a_variance_is_an_aim_too() -> None:
+    options = {"until_ci": None, "until_variance": 0.0001, "budget": 50, "max_repeats": None, "other": 1}
+
+    aim = take_aim(options)
+
+    assert aim and (aim.half_width, aim.most.rollouts) == (pytest.approx(0.0196, abs=1e-5), 50)
+    assert options == {"other": 1}
+
+
+def test_two_aims_at_once_are_refused() -> None:
+    with pytest.raises(UsageError, match="give one of them"):
+        call("run", "gsm8k", "--model", "simulated", "--until-ci", "0.1", "--until-variance", "0.01")

@@ -156,6 +156,28 @@ def test_a_search_can_be_for_one_kind_and_may_find_nothing(gym_bus: GymBus) -> N
     assert "math500" in gym_bus("search", "math").out
 
 
+@pytest.mark.parametrize("query", ["instruction", "instruktion folowing", "instruction_following"])
+def test_a_search_finds_the_words_of_a_domain(gym_bus: GymBus, query: str) -> None:
+    found = {(row["kind"], row["name"]) for row in listed(gym_bus, "search", query)}
+    assert ("benchmark", "example_multi_step") in found
+
+
+def test_what_is_found_is_a_model_whatever_the_kind_of_model(gym_bus: GymBus) -> None:
+    assert [(row["kind"], row["name"]) for row in listed(gym_bus, "search", "simulatd")] == [("model", "simulated")]
+
+
+def test_a_search_for_nothing_is_refused(gym_bus: GymBus) -> None:
+    assert "nothing to search for" in gym_bus("search", " ").err
+
+
+def test_a_missing_file_is_not_called_an_unknown_benchmark(gym_bus: GymBus) -> None:
+    assert "error: rows.jsonl: no such" in gym_bus("dataset", "validate", "rows.jsonl").err
+
+
+def test_a_role_that_is_misspelt_is_suggested(gym_bus: GymBus) -> None:
+    assert "did you mean 'agent'?" in gym_bus("worker", "agnt").err
+
+
 # -- config resolve
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 from bad_endpoint import FAULTS, BadEndpoint, Fault, bad_endpoint
 
-from gym_bus.errors import FailureKind, ModelError, ModelTimeout
+from gym_bus.errors import FailureKind, ModelError, ModelTimeout, Overloaded
 from gym_bus.messages import RolloutId
 from gym_bus.models.api import CallInfo, Model
 from gym_bus.models.registry import Models
@@ -79,3 +82,26 @@ async def test_good_calls_go_on_beside_bad_ones() -> None:
         ends = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
         await models.close()
     assert [getattr(end, "kind", "answered") for end in ends] == [fault.kind for fault in bad] + ["answered"] * 100
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    most, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, most[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
+
+
+async def test_a_machine_without_a_descriptor_for_a_connection_waits_as_for_a_full_endpoint() -> None:
+    async with asked(None, call_limit_s=5.0) as (model, _):
+        with no_descriptor_left(), pytest.raises(Overloaded, match="no further connection from this machine"):
+            await model.respond({"input": "hi"}, INFO)
+        await model.respond({"input": "hi"}, INFO)

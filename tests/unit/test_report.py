@@ -21,6 +21,7 @@ from gym_bus.results.report.figures import heat_map, pass_curve
 from gym_bus.results.report.items import MOST_CHARS, MOST_ITEMS, clip, gist, items_of
 from gym_bus.results.report.jobs import Entry, read_entries
 from gym_bus.results.report.page import write_report
+from gym_bus.results.report.plots import figure
 from gym_bus.results.report.tasks import families, task_rows, telling
 
 LOST, LATE = FailureKind.LOST, FailureKind.DEADLINE
@@ -356,6 +357,27 @@ def test_the_waterfall_begins_each_stage_where_the_last_ended(tmp_path: Path) ->
     (trace,) = times.figures(entries)["waterfall"]["data"]
     assert trace["base"] == [0.0, 1.0, 1.5, 1.5, 2.25, 2.25, 2.25]
     assert list(trace["x"]) == [1.0, 0.5, 0.0, 0.75, 0.0, 0.0, 0.25]
+
+
+def test_jobs_side_by_side_have_a_row_each_of_their_stages(tmp_path: Path) -> None:
+    first = entries_of(tmp_path / "x", [[1.0, 0.0]])
+    second = entries_of(tmp_path / "y", [[1.0, 0.0], [1.0, 0.0]])
+    plot = times.figures([*first, *second])["waterfall"]
+    seconds = {trace["name"]: list(trace["x"]) for trace in plot["data"]}
+    assert list(seconds) == ["waiting for an agent", "model", "rest of the agent", "verifying"]
+    assert seconds["model"] == [0.5, 0.5]
+    assert plot["layout"]["barmode"] == "stack"
+
+
+def test_the_names_of_many_jobs_leave_the_plot_its_height() -> None:
+    few, many = (figure([{"type": "bar"}] * count, 300)["layout"]["height"] for count in (3, 8))
+    assert (few, many) == (300, 340)
+
+
+def test_a_file_and_a_folder_of_one_name_are_two_jobs(tmp_path: Path) -> None:
+    write_job(tmp_path / "a", [[1.0]])
+    write_lines(tmp_path / "a.jsonl", {"_ng_task_index": 0, "_ng_rollout_index": 0, "reward": 1.0})
+    assert [entry.label for entry in read_entries([tmp_path / "a", tmp_path / "a.jsonl"])] == ["a", "a.jsonl"]
 
 
 def test_a_page_without_timings_says_so(tmp_path: Path) -> None:

@@ -212,6 +212,15 @@ def test_files_of_nemo_gym_are_compared_by_index_and_say_what_goes_unchecked(tmp
     assert "no job.json" in " ".join(found.warnings)
 
 
+def test_files_that_do_not_say_what_was_run_are_not_called_two_runs_of_the_same(tmp_path: Path) -> None:
+    job = Job(tmp_path / "a", {0: [1.0], 1: [0.0]}, inputs=False)
+    job.manifest = None
+
+    found = compare_jobs(job.written(), job.files, resamples=99)
+
+    assert not any("nothing is known to differ" in warning for warning in found.warnings)
+
+
 def test_the_subsets_add_up_to_the_difference_and_the_largest_is_first(pair: tuple[Job, Job]) -> None:
     found = compared(pair, by="level")
 

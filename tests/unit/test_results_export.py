@@ -140,3 +140,9 @@ def test_options_that_do_not_fit_are_refused(job: Path, arguments: list[str], me
 def test_the_command_says_what_it_wrote(job: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(eval_command, ["export", str(job), "--parquet", str(tmp_path / "a.parquet"), "--json"])
     assert json.loads(done.stdout) == {"parquet": {"file": str(tmp_path / "a.parquet"), "rows": 6}}
+
+
+def test_what_was_exported_is_told_in_words(job: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    done = CliRunner().invoke(eval_command, ["export", str(job), "--parquet", str(file)])
+    assert done.stdout == f"{file}: 6 rows\n"

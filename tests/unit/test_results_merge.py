@@ -165,6 +165,18 @@ def test_the_rollouts_of_a_folder_are_found_whatever_their_name(tmp_path: Path, 
     assert JobFiles.found_at(tmp_path).stem == found
 
 
+def test_a_folder_of_jobs_stands_for_all_of_them(tmp_path: Path) -> None:
+    places = [tmp_path / "gsm8k" / "a", tmp_path / "gsm8k" / "b", tmp_path / "single"]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "rollouts.jsonl").touch()
+    (tmp_path / "one.jsonl").touch()
+    (tmp_path / "other.jsonl").touch()
+
+    assert {at.folder for at in JobFiles.all_at(tmp_path)} == set(places)
+    assert [at.folder for at in JobFiles.all_at(places[0])] == [places[0]]
+
+
 @pytest.mark.parametrize(
     ("names", "complaint"),
     [([], "no rollouts file"), (["a.jsonl", "b.jsonl"], r"name one of its rollouts files: a\.jsonl, b\.jsonl")],

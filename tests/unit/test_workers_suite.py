@@ -138,6 +138,12 @@ def test_all_parts_that_cannot_be_run_are_named_at_once(gym_bus: GymBus, folder:
     assert "unknown model 'oter'" in said.err
 
 
+def test_a_mistake_that_concerns_several_parts_is_named_once(gym_bus: GymBus, folder: Path) -> None:
+    (folder / "suite.yaml").write_text("models: [simulatd]\nbenchmarks: {gsm8k: {limit: 1}, math500: {limit: 1}}\n")
+
+    assert gym_bus("eval", "suite", "suite.yaml", "--dry-run").err.count("unknown model 'simulatd'") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [

@@ -44,8 +44,8 @@ def missing_data(
     return [
         (part.benchmark, dataset, path)
         for part in parts
-        for dataset in part.benchmark.spec.datasets
-        if dataset.type in types and not (path := data_path(part.benchmark, data_dir, dataset.name)).is_file()
+        for dataset in part.benchmark.datasets_of(types, data_dir)
+        if not (path := data_path(part.benchmark, data_dir, dataset.name)).is_file()
     ]
 
 
@@ -67,7 +67,7 @@ def collate(
     Raises:
         UsageError: no benchmark has such data; the folder cannot be written; figures there are in conflict.
     """
-    found = [t for t in types if any(d.type == t for part in parts for d in part.benchmark.spec.datasets)]
+    found = [t for t in types if any(part.benchmark.datasets_of((t,), data_dir) for part in parts)]
     if not found:
         raise UsageError(f"none of these benchmarks has a dataset of type {' or '.join(types)}")
     reports: list[Report] = []
@@ -108,7 +108,7 @@ class _TypeFile:
 
     def take(self, part: Part, data_dir: Path) -> list[Report]:
         """Add the rows of a benchmark's datasets of this kind."""
-        return [self._take(part, d, data_dir) for d in part.benchmark.spec.datasets if d.type == self._type]
+        return [self._take(part, d, data_dir) for d in part.benchmark.datasets_of((self._type,), data_dir)]
 
     def _take(self, part: Part, dataset: DatasetSpec, data_dir: Path) -> Report:
         self._about = self._about or about(dataset)

@@ -368,7 +368,7 @@ class _RowBuilder:
         needed = self._required
         if self._prompt is not None and "responses_create_params" not in row:
             needed += self._prompt.fields()
-        return any(key not in row for key in needed)
+        return bool(lacking(needed, row.__contains__))
 
     def build(self, row: Row, where: str) -> bytes:
         """The materialized row. Raises DataError where it cannot be run or judged."""
@@ -380,8 +380,8 @@ class _RowBuilder:
 
     def params(self, row: Row, where: str) -> Row:
         """The row's create params. Raises DataError where it cannot be run or judged."""
-        if lacking := [key for key in self._required if _is_null(row.get(key))]:
-            raise DataError(f"{where}: the verifier needs {_missing(lacking, row)}")
+        if missing := lacking(self._required, lambda key: not _is_null(row.get(key))):
+            raise DataError(f"{where}: the verifier needs {_missing(missing, row)}")
         params = self._own_params(row, where)
         if self._prompt is not None and not (self._own_input and "input" in params):
             if "input" in params:
@@ -405,6 +405,11 @@ class _RowBuilder:
             return _raw_row.decode(raw)
         except msgspec.ValidationError:
             raise DataError(f"{where}: responses_create_params must be an object") from None
+
+
+def lacking(required: Iterable[str], has: Callable[[str], bool]) -> list[str]:
+    """Those of the required keys that a row does not have; of `a|b`, either will do."""
+    return [key for key in required if not any(map(has, key.split("|")))]
 
 
 def _is_null(value: msgspec.Raw | None) -> bool:

@@ -16,7 +16,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -36,8 +36,12 @@ MAX_DOWNLOAD_BYTES = 4 * 2**30
 Progress = Callable[[int, int | None], None]
 """Gets the bytes that are there, and those of the whole file, None where the server does not say."""
 
+Complete = Callable[[Iterable[dict[str, Any]]], Iterator[dict[str, Any]]]
+"""Rows of `convert` to the rows that are written: what can only be computed elsewhere is added to them."""
+
 _CHUNK_BYTES = 2**18
 _NOTHING_LEFT = 416
+_DAMAGED = "unknown, as it is damaged"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -47,9 +51,16 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     file: str
     """Its name; `.gz` is decompressed."""
     url: str
-    sha256: tuple[str, ...]
-    """Hex digests of the decompressed content, one per published edition that `convert` understands."""
+    sha256: tuple[str, ...] = ()
+    """Hex digests of the decompressed content, one per published edition that `convert` understands; empty where none
+    is known: then any file that is whole is taken, and its digest is told."""
     licence: str
+    editions: str = ""
+    """Pattern of the names that editions of the file also go by, without `.gz`, such as `rows-v*.jsonl`."""
+
+    def accepts(self, digest: str) -> bool:
+        """Whether a file of this digest is the published one."""
+        return digest in self.sha256 if self.sha256 else digest != _DAMAGED
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +82,7 @@ def prepare(
     source_dir: Path | None = None,
     say: Callable[[str], None] = print,
     progress: Progress = lambda done, total: None,
+    complete: Complete = iter,
 ) -> Prepared:
     """Write the rows of one dataset. A run that is interrupted leaves the file as it was, and keeps what it fetched.
 
@@ -82,6 +94,7 @@ def prepare(
             fetches it.
         say: gets the licence and the course of things, in sentences.
         progress: gets the course of the download.
+        complete: adds to the converted rows what is still missing.
 
     Raises:
         UsageError: the file cannot be had or is another one than was published; the message says what to do.
@@ -101,8 +114,10 @@ def prepare(
     if source_dir is None:
         published = fetch(source, target.parent / "source", say, progress)
     else:
-        published = _find(source, source_dir, benchmark.spec.name)
-    rows = _write_rows(published, Converter(module.convert), target)
+        published = _find(source, source_dir, benchmark)
+    if not source.sha256:
+        say(f"{published}: no checksum of it is known; its sha256 is {_digest(published)}")
+    rows = _write_rows(published, Converter(module.convert), target, complete)
     say(f"{benchmark.spec.name}/{dataset.name}: {rows} rows in {target}")
     return Prepared(
         path=target, rows=rows, licence=source.licence, source=source.url if source_dir is None else str(published)
@@ -127,6 +142,17 @@ def _run_script(
     rows = sum(1 for _ in load_rows(target))
     say(f"{benchmark.spec.name}/{dataset.name}: {rows} rows in {target}")
     return Prepared(path=target, rows=rows, licence=dataset.license, source=str(script))
+
+
+def optional_in(benchmark: Benchmark, source_dir: Path) -> list[str]:
+    """Names of the optional datasets whose published file lies in a folder."""
+    return [
+        dataset.name
+        for dataset in benchmark.spec.datasets
+        if dataset.optional
+        and dataset.prepare_script is not None
+        and _places(_source_of(load_prepare_module(benchmark, dataset), benchmark, dataset), source_dir, benchmark)
+    ]
 
 
 def find_convert(benchmark: Benchmark, which: str | None = None) -> Convert | None:
@@ -186,20 +212,31 @@ def _source_of(module: ModuleType, benchmark: Benchmark, dataset: DatasetSpec) -
     return sources[dataset.name]
 
 
-def _find(source: Source, folder: Path, benchmark: str) -> Path:
-    plain = source.file.removesuffix(".gz")
-    places = [at / name for at in (folder / benchmark, folder) for name in (source.file, plain, f"{plain}.gz")]
-    there = [place for place in dict.fromkeys(places) if place.is_file()]
+def _find(source: Source, folder: Path, benchmark: Benchmark) -> Path:
+    there = _places(source, folder, benchmark)
     if not there:
         raise UsageError(
-            f"no {source.file} in {folder / benchmark} or {folder}; it is published at {source.url}: put it there, or "
-            "leave --source out to fetch it"
+            f"no {source.file} in {folder / benchmark.spec.name} or {folder}; it is published at {source.url}: put it "
+            "there, or leave --source out to fetch it"
         )
     digests = {place: _digest(place) for place in there}
-    for place, found in digests.items():
-        if found in source.sha256:
-            return place
+    accepted = [place for place, found in digests.items() if source.accepts(found)]
+    if len({digests[place] for place in accepted}) > 1 and not source.sha256:
+        raise UsageError(f"{', '.join(map(str, accepted))}: these differ, and each may be meant: leave one there")
+    if accepted:
+        return accepted[0]
     raise UsageError(_mismatch(str(there[0]), digests[there[0]], source))
+
+
+def _places(source: Source, folder: Path, benchmark: Benchmark) -> list[Path]:
+    """The files in a folder that may be the published one, the likeliest first."""
+    plain = source.file.removesuffix(".gz")
+    found: list[Path] = []
+    for at in (folder / benchmark.spec.name, folder):
+        found += [at / name for name in (source.file, plain, f"{plain}.gz")]
+        if source.editions:
+            found += sorted(at.glob(source.editions)) + sorted(at.glob(f"{source.editions}.gz"))
+    return [place for place in dict.fromkeys(found) if place.is_file()]
 
 
 def fetch(source: Source, folder: Path, say: Callable[[str], None], progress: Progress) -> Path:
@@ -209,22 +246,23 @@ def fetch(source: Source, folder: Path, say: Callable[[str], None], progress: Pr
         UsageError: it cannot be had, or is another one than was published.
     """
     path = folder / source.file
-    if path.is_file() and _digest(path) in source.sha256:
+    if path.is_file() and source.accepts(_digest(path)):
         say(f"{path}: already fetched")
         return path
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     with part.open("ab") as out:
         _take(out, part)
-        begun = out.tell()
+        # Without a checksum nothing would say whether what is there and what comes belong together.
+        begun = out.tell() if source.sha256 else _empty(out)
         say(f"fetching {source.url}" + (f", going on after {begun:,} bytes" if begun else ""))
         _get(source, out, progress)
-        if begun and _digest(part, compressed=source.file.endswith(".gz")) not in source.sha256:
+        if begun and not source.accepts(_digest(part, compressed=source.file.endswith(".gz"))):
             _empty(out)  # what was kept may be of an older edition
             _get(source, out, progress)
         os.fsync(out.fileno())
         found = _digest(part, compressed=source.file.endswith(".gz"))
-        if found not in source.sha256:
+        if not source.accepts(found):
             part.unlink()
             raise UsageError(_mismatch(source.url, found, source))
         part.replace(path)
@@ -292,29 +330,36 @@ def _digest(path: Path, compressed: bool | None = None) -> str:
     try:
         return dataset_digest(path, compressed)
     except DataError:
-        return "unknown, as it is damaged"
+        return _DAMAGED
 
 
 def _mismatch(what: str, found: str, source: Source) -> str:
+    if not source.sha256:
+        return f"{what} is damaged: it is no gzip file, or a part of one"
     return (
         f"{what} is not the published {source.file}: its sha256 is {found}, expected {' or '.join(source.sha256)}. "
         "Where the authors have published a new edition, run it with --input FILE, which takes rows as published"
     )
 
 
-def _write_rows(published: Path, converter: Converter, target: Path) -> int:
+def _write_rows(published: Path, converter: Converter, target: Path, complete: Complete) -> int:
     count = 0
     target.parent.mkdir(parents=True, exist_ok=True)
     with _replacing(target) as out:
-        for line, row in load_rows(published):
-            decoded: dict[str, Any] = {key: msgspec.json.decode(value) for key, value in row.items()}
-            converted = converter(decoded, f"{published}:{line}")
-            if converted is not None:
-                out.write(_encode(converted) + b"\n")
-                count += 1
+        for row in complete(_converted(published, converter)):
+            out.write(_encode(row) + b"\n")
+            count += 1
         if count == 0:
             raise UsageError(f"{published}: no row of it is part of the benchmark")
     return count
+
+
+def _converted(published: Path, converter: Converter) -> Iterator[dict[str, Any]]:
+    for line, row in load_rows(published):
+        decoded: dict[str, Any] = {key: msgspec.json.decode(value) for key, value in row.items()}
+        converted = converter(decoded, f"{published}:{line}")
+        if converted is not None:
+            yield converted
 
 
 @contextlib.contextmanager

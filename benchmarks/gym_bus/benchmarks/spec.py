@@ -60,6 +60,9 @@ GROUP = "gym_bus.benchmarks"
 
 CONFIG = "config.yaml"
 
+FILE_ENDINGS = (".yaml", ".yml", ".json", ".jsonl", ".gz")
+"""What ends so was meant as a file: that it is missing says more than that no benchmark is called so."""
+
 DEFAULT_AGENT = "simple"
 
 DatasetType = Literal["train", "validation", "example", "benchmark"]
@@ -138,6 +141,8 @@ class DatasetSpec(_Section, frozen=True, kw_only=True):
     huggingface_identifier: HuggingFaceIdentifier | None = None
     prompt_config: str | None = None
     """As written in a NeMo Gym configuration; the benchmark's own says what is used."""
+    optional: bool = False
+    """Whether the benchmark can do without it: while it is not prepared, data checks pass it over. A key of our own."""
 
     @property
     def registries(self) -> dict[str, GitlabIdentifier | HuggingFaceIdentifier]:
@@ -220,6 +225,15 @@ class Benchmark(msgspec.Struct, frozen=True):
         known = {name for d in self.spec.datasets for name in (d.type, d.name)}
         raise UsageError(f"benchmark {self.spec.name!r} has no dataset {which!r}: {did_you_mean(which, known)}")
 
+    def datasets_of(self, types: Iterable[str], data_dir: Path) -> list[DatasetSpec]:
+        """The datasets of these types; optional ones where they are prepared."""
+        return [
+            dataset
+            for dataset in self.spec.datasets
+            if dataset.type in types
+            and not (dataset.optional and not data_path(self, data_dir, dataset.name).is_file())
+        ]
+
     def prompt_of(self, dataset: DatasetSpec) -> Prompt | None:
         """What builds the input of its rows; of a NeMo Gym configuration, only of datasets that name a prompt."""
         return self.spec.prompt if self.root is None or dataset.prompt_config else None
@@ -285,7 +299,7 @@ def load_benchmark(name_or_path: str, changes: Sequence[Layer] = ()) -> Benchmar
         return _with_code(_load(path.parent, config=path.name, changes=changes))
     if path.is_dir():
         raise UsageError(f"{path}: the folder has no {CONFIG}, so it is no benchmark")
-    if "/" in name_or_path:
+    if "/" in name_or_path or path.suffix in FILE_ENDINGS:
         raise UsageError(f"{path}: no such folder or file; a benchmark is a name or a folder with a {CONFIG}")
     raise UsageError(f"unknown benchmark {name_or_path!r}: {did_you_mean(name_or_path, known)}")
 

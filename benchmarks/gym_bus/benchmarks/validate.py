@@ -117,7 +117,7 @@ def validate_benchmark(
     Raises:
         UsageError: it has no dataset of that kind; or the figures cannot be written.
     """
-    wanted = [dataset for dataset in benchmark.spec.datasets if dataset.type in mode.types]
+    wanted = benchmark.datasets_of(mode.types, data_dir)
     if not wanted:
         raise UsageError(f"{benchmark.folder}: no dataset of type {' or '.join(mode.types)}, which {mode} looks at")
     return [

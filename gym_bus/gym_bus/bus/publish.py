@@ -111,6 +111,7 @@ class Publisher:
         self._token = 0
         self._inbox = client.new_inbox()
         self._sweeper: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
 
     async def start(self) -> None:
         """Subscribe to the acks."""
@@ -168,7 +169,7 @@ class Publisher:
         deadline = time.monotonic() + self._limit_s
         try:
             while True:
-                future: asyncio.Future[_PubAck] = asyncio.get_running_loop().create_future()
+                future: asyncio.Future[_PubAck] = self._loop.create_future()
                 entry = self._unacked[token] = _Unacked(subject, payload, headers, deadline, future)
                 await self._send(token, entry)
                 ack = await future

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import Any
 
 import click
@@ -14,6 +15,9 @@ from gym_bus.results.sequence import Limits
 from gym_bus.workers.adaptive import Adapted, Aim, Step, run_until
 from gym_bus.workers.plan import Job
 
+NORMAL_95 = NormalDist().inv_cdf(0.975)
+"""Standard deviations from the middle of a normal 95 % interval to its end."""
+
 
 def until_options(function: common.F) -> common.F:
     """The options of a run that gets repeats as it needs them."""
@@ -25,8 +29,15 @@ def until_options(function: common.F) -> common.F:
             help="Further repeats, where they help, until pass@1 over these tasks is known to +- so much; 0.01 is one "
             "percentage point.",
         ),
-        click.option("--budget", type=click.IntRange(1), help="With --until-ci: rollouts in all, at most."),
-        click.option("--max-repeats", type=click.IntRange(1), help="With --until-ci: rollouts per task, at most."),
+        click.option(
+            "--until-variance",
+            type=click.FloatRange(0, 0.06, min_open=True, max_open=True),
+            metavar="VARIANCE",
+            help="The same by the variance of pass@1, of 1: until the interval is as narrow as the usual 95 % interval "
+            "of that variance, +- 1.96 of its square root.",
+        ),
+        click.option("--budget", type=click.IntRange(1), help="With --until-...: rollouts in all, at most."),
+        click.option("--max-repeats", type=click.IntRange(1), help="With --until-...: rollouts per task, at most."),
     ]
     for option in reversed(options):
         function = option(function)
@@ -35,7 +46,13 @@ def until_options(function: common.F) -> common.F:
 
 def take_aim(options: dict[str, Any]) -> Aim | None:
     """Take these options out of all options; None for a run with a fixed number of repeats."""
-    half_width, budget, most = (options.pop(key) for key in ("until_ci", "budget", "max_repeats"))
+    half_width, variance, budget, most = (
+        options.pop(key) for key in ("until_ci", "until_variance", "budget", "max_repeats")
+    )
+    if half_width is not None and variance is not None:
+        raise UsageError("--until-ci and --until-variance are two ways to say one thing; give one of them")
+    if variance is not None:
+        half_width = NORMAL_95 * variance**0.5
     if half_width is None:
         if budget is not None or most is not None:
             raise UsageError("--budget and --max-repeats are the limits of --until-ci; a fixed number is --num-repeats")
@@ -59,7 +76,7 @@ def _round_words(step: Step, aim: Aim) -> str:
     known = step.bounds
     words = (
         f"round {known.rounds}: pass@1 over these tasks is {100 * known.low:.2f} to {100 * known.high:.2f} %, "
-        f"half-width {100 * known.half_width:.2f}, wanted {100 * aim.half_width:g}"
+        f"half-width {100 * known.half_width:.2f}, wanted {100 * aim.half_width:.4g}"
     )
     if step.next is None:
         return words

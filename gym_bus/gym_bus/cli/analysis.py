@@ -226,7 +226,7 @@ def _print_difference(found: Comparison) -> None:
         shown.add_row("bootstrap", _interval(d.bootstrap_low, d.bootstrap_high).strip(" ()"))
     if d.detectable is not None:
         shown.add_row("could have shown", f"{100 * d.detectable:.2f} points or more (power 80 %, level 5 %)")
-    shown.add_row("changed", f"{found.gained:,} tasks better in B, {found.lost:,} worse")
+    shown.add_row("changed", f"tasks better in B: {found.gained:,}, worse: {found.lost:,}")
     shown.add_row("so", _verdict(d))
     common.out.print(shown, soft_wrap=True)
 

@@ -9,9 +9,8 @@ import msgspec
 
 from gym_bus.bus import Bus
 from gym_bus.cli import common
-from gym_bus.cli.target import Target, find_target, locate, with_bus_of
+from gym_bus.cli.target import Target, find_target, locate, nowhere, with_bus_of
 from gym_bus.config import Config
-from gym_bus.errors import UsageError
 from gym_bus.workers.audit import Audit, audit_files, audit_job
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def command(
     elif target.folder is not None:
         audit = audit_files(target.folder)
     else:
-        raise UsageError(f"{job}: no such folder, and no job of this id in runs/; give its folder, or --nats URL")
+        raise nowhere(job)
     if as_json:
         common.print_json({**msgspec.structs.asdict(audit), "adds_up": audit.adds_up})
     else:

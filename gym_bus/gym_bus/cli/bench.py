@@ -38,7 +38,13 @@ class DistributionText(click.ParamType[dict[str, Any]]):
 @click.option("--split", help="The benchmark's dataset, by type or name; default: its main one.")
 @click.option("--replay", type=click.Path(path_type=Path), help="Recorded answers (JSONL) for the benchmark.")
 @click.option("--prompt-bytes", type=click.IntRange(16), default=1024, show_default=True, help="Size of a question.")
-@click.option("--api", type=click.Choice(["responses", "chat"]), default="responses", show_default=True)
+@click.option(
+    "--api",
+    type=common.Choice(["responses", "chat", "none"]),
+    default="responses",
+    show_default=True,
+    help="none: no HTTP.",
+)
 @click.option("--latency", type=DistributionText(), help="Seconds of a model call: 2, or lognormal:2:0.5.")
 @click.option("--answer-tokens", type=DistributionText(), help="Length of an answer: 256, or exponential:800.")
 @click.option("--rate-limited", type=click.FloatRange(0, 1), help="Share of calls answered with 429.")
@@ -59,7 +65,7 @@ def command(
     split: str | None,
     replay: Path | None,
     prompt_bytes: int,
-    api: Literal["responses", "chat"],
+    api: Literal["responses", "chat", "none"],
     concurrency: int | None,
     agents: int | None,
     verifiers: int | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,14 +55,14 @@ def command() -> None:
 @command.command("prepare")
 @click.argument("benchmarks", nargs=-1, required=True, metavar="BENCHMARK...")
 @click.option("--source", type=click.Path(path_type=Path), help="Folder that has the published files.")
-@click.option("--split", default="benchmark", show_default=True, help="The dataset, by type or name.")
+@click.option("--split", help="The dataset, by type or name; default: the main one, and optional ones in --source.")
 @data_dir_option
 @common.config_option
 @common.json_option
 def prepare(
     benchmarks: tuple[str, ...],
     source: Path | None,
-    split: str,
+    split: str | None,
     data_dir: Path | None,
     config_files: tuple[str, ...],
     as_json: bool,
@@ -72,24 +73,40 @@ def prepare(
     """
     from gym_bus.benchmarks.prepare import prepare as prepare_one
     from gym_bus.benchmarks.spec import load_benchmark
+    from gym_bus.workers.preparing import completed
+
+    def say(text: str) -> None:
+        click.echo(text, err=as_json)
 
     config = common.settings(config_files, ())
     target = data_dir or Path(config.data_dir)
     done = []
     for name in benchmarks:
-        with _download_bar(name) as progress:
-            done.append(
-                prepare_one(
-                    load_benchmark(name),
-                    target,
-                    which=split,
-                    source_dir=source,
-                    say=lambda text: click.echo(text, err=as_json),
-                    progress=progress,
+        benchmark = load_benchmark(name)
+        complete = partial(completed, verifier=benchmark.spec.verifier.name, say=say)
+        for which in _splits(benchmark, split, source):
+            with _download_bar(name) as progress:
+                done.append(
+                    prepare_one(
+                        benchmark,
+                        target,
+                        which=which,
+                        source_dir=source,
+                        say=say,
+                        progress=progress,
+                        complete=complete,
+                    )
                 )
-            )
     if as_json:
         common.print_json([msgspec.to_builtins(p, builtin_types=(), enc_hook=str) for p in done])
+
+
+def _splits(benchmark: Benchmark, split: str | None, source: Path | None) -> list[str]:
+    from gym_bus.benchmarks.prepare import optional_in
+
+    if split is not None:
+        return [split]
+    return [benchmark.main.name, *(optional_in(benchmark, source) if source else [])]
 
 
 @contextmanager

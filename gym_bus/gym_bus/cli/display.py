@@ -232,7 +232,7 @@ def estimate_words(estimate: dict[str, Any]) -> str:
     if estimate["low"] is not None:
         text += f"  (95 % interval {100 * estimate['low']:.2f} to {100 * estimate['high']:.2f})"
     if estimate["skipped"]:
-        text += f"  [{estimate['skipped']} tasks with too few rewards left out]"
+        text += f"  [tasks left out, with too few rewards: {estimate['skipped']:,}]"
     return text
 
 
@@ -246,7 +246,7 @@ ENDED = {
 
 def _until_ci_words(until_ci: dict[str, Any]) -> str:
     low, high, half = 100 * until_ci["low"], 100 * until_ci["high"], 100 * until_ci["half_width"]
-    how = f"{100 * until_ci['target']:g} wanted; {ENDED[until_ci['ended']]}; after {until_ci['rounds']} rounds"
+    how = f"{100 * until_ci['target']:.4g} wanted; {ENDED[until_ci['ended']]}; after {until_ci['rounds']} rounds"
     return f"{low:.2f} to {high:.2f} %, half-width {half:.2f} ({how})"
 
 

@@ -119,7 +119,8 @@ def validate(benchmark: str, config_files: tuple[str, ...], as_json: bool) -> in
         common.print_json({"benchmark": benchmark, "problems": problems})
     else:
         _print_problems(problems)
-        click.echo(f"{benchmark}: {f'{len(problems)} problems' if problems else 'fit to be handed in'}")
+        found_wrong = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        click.echo(f"{benchmark}: {found_wrong if problems else 'fit to be handed in'}")
     return FAILURES if problems else 0
 
 

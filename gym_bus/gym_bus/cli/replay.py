@@ -12,7 +12,7 @@ import msgspec
 from gym_bus import subjects
 from gym_bus.bus import Bus
 from gym_bus.cli import common, display
-from gym_bus.cli.target import Target, find_target, locate
+from gym_bus.cli.target import Target, find_target, locate, nowhere
 from gym_bus.config import Config
 from gym_bus.errors import UsageError
 from gym_bus.jobs import JobRecord
@@ -31,7 +31,7 @@ FAILURES = 1
 @click.option(
     "--from-stage",
     "stage",
-    type=click.Choice(["agent", "verifier"]),
+    type=common.Choice(["agent", "verifier"]),
     help="agent: generate again; verifier: only check stored answers again. Default: check where there is an answer.",
 )
 @click.option("--limit-s", type=click.FloatRange(0, min_open=True), help="Another wall-clock limit of a rollout.")
@@ -80,7 +80,7 @@ def replay(
             return _tell_ordered(target.job, ordered.order, as_json=as_json)
         target = msgspec.structs.replace(target, folder=ordered)
     if target.folder is None:
-        raise UsageError(f"{job}: no such folder, and no job of this id in runs/; give its folder, or --nats URL")
+        raise nowhere(job)
     opened = _open(target.folder, config, limit_s)
     local = config.bus.url is None or workers
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -59,7 +61,7 @@ def _beside(jobs: tuple[Path, ...]) -> Path:
 @click.option("--parquet", type=path_type, metavar="FILE", help="Every rollout as a row of one Parquet file.")
 @click.option("--wandb", "project", metavar="PROJECT", help="Every job as a run of a Weights & Biases project.")
 @click.option("--offline", is_flag=True, help="With --wandb: into ./wandb, for `wandb sync` later.")
-@click.option("--mlflow", "uri", metavar="URI", help="Every job as a run on an MLflow server, or in a folder.")
+@click.option("--mlflow", "uri", metavar="URI", help="Every job as a run on an MLflow server.")
 @click.option("--experiment", metavar="NAME", help="With --mlflow: the experiment; default: the benchmark's name.")
 @click.option("--no-texts", is_flag=True, help="With --parquet: leave out what was said to the model and by it.")
 @common.json_option
@@ -95,6 +97,14 @@ def export(
     if as_json:
         common.print_json(done)
     else:
-        for where, what in done.items():
-            click.echo(f"{where}: {what}")
+        for line in _export_words(done):
+            click.echo(line)
     return 0
+
+
+def _export_words(done: Mapping[str, Any]) -> Iterator[str]:
+    for where, what in done.items():
+        if where == "parquet":
+            yield f"{what['file']}: {what['rows']:,} rows"
+        else:
+            yield from (f"{where}: {run}" for run in what)

@@ -21,7 +21,7 @@ HELD = {True: "held", False: "not held", None: "not protected"}
 
 least_option = click.option(
     "--least",
-    type=click.Choice(["namespaces", "landlock"]),
+    type=common.Choice(["namespaces", "landlock"]),
     default="namespaces",
     show_default=True,
     help="The lowest level that will do, as verifier.sandbox_level.",

@@ -8,6 +8,7 @@ import click
 
 from gym_bus.cli import common
 from gym_bus.cli.catalogue import KINDS, LISTS, Row, print_rows, search_dir_option
+from gym_bus.errors import UsageError
 
 LEAST_LIKENESS = 72.0
 """Per cent; what is less like the query is not shown."""
@@ -28,9 +29,11 @@ def command(
 ) -> None:
     """Search everything that can be listed by name, domain and description; spelling mistakes are forgiven."""
     config = common.settings(config_files, ())
-    text = " ".join(query)
+    text = " ".join(" ".join(query).split())
+    if not text:
+        raise UsageError("nothing to search for: give a word or two, such as `gym-bus search math`")
     found = [
-        {"kind": one.removesuffix("s"), **row, "likeness": round(likeness)}
+        {**row, "kind": one.removesuffix("s"), "likeness": round(likeness)}
         for one in ([kind] if kind else LISTS)
         for row in LISTS[one](config, search_dirs)
         if (likeness := _likeness(text, row)) >= LEAST_LIKENESS
@@ -49,14 +52,18 @@ def _likeness(query: str, row: Row) -> float:
     """Per cent: how well the best of the name, the domain and the words of the description fits the query."""
     from rapidfuzz import fuzz, utils
 
-    name, domain = str(row["name"]), str(row.get("domain", ""))
-    scores = [
+    name, domain, description = (str(row.get(key, "")) for key in ("name", "domain", "description"))
+    return max(
         fuzz.WRatio(query, name, processor=utils.default_process),
         fuzz.ratio(query, domain, processor=utils.default_process),
-        # Every word of the query must be like some word of the description.
-        0.95 * min(_best_word(word, str(row.get("description", ""))) for word in query.split()),
-    ]
-    return max(scores)
+        0.95 * _every_word(query, domain.replace("_", " ")),
+        0.95 * _every_word(query, description),
+    )
+
+
+def _every_word(query: str, text: str) -> float:
+    """Every word of the query must be like some word of the text."""
+    return min((_best_word(word, text) for word in query.split()), default=0.0)
 
 
 def _best_word(word: str, text: str) -> float:

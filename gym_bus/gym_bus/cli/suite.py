@@ -106,7 +106,7 @@ def _plan(
         except GymBusError as e:
             problems.append(str(e))
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
     return planned
 
 

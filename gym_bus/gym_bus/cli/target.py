@@ -45,6 +45,11 @@ def find_target(given: str) -> Target:
     return Target(job=given, folder=next(filter(lambda at: holds(at, given), folders), None))
 
 
+def nowhere(given: str) -> UsageError:
+    """What is wrong where neither a folder nor a bus is known to look for the job in."""
+    return UsageError(f"{given}: no such folder, and no job of this id in runs/; give its folder, or --nats URL")
+
+
 def holds(folder: Path, job: str) -> bool:
     """Whether a folder has the files of this very job."""
     try:

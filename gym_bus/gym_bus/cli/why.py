@@ -6,9 +6,8 @@ import click
 
 from gym_bus.bus import Bus
 from gym_bus.cli import common
-from gym_bus.cli.target import Target, find_target, locate, with_bus_of
+from gym_bus.cli.target import Target, find_target, locate, nowhere, with_bus_of
 from gym_bus.config import Config
-from gym_bus.errors import UsageError
 from gym_bus.workers.why import Event, Why, why, why_by_files
 
 
@@ -33,7 +32,7 @@ def command(
     elif target.folder is not None:
         told = why_by_files(target.folder)
     else:
-        raise UsageError(f"{job}: no such folder, and no job of this id in runs/; give its folder, or --nats URL")
+        raise nowhere(job)
     if as_json:
         common.print_json(told)
     else:

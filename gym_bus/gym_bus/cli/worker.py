@@ -12,7 +12,7 @@ from gym_bus.cli import common
 
 
 @click.command("worker")
-@click.argument("role", type=click.Choice(["agent", "verifier", "results"]))
+@click.argument("role", type=common.Choice(["agent", "verifier", "results"]))
 @common.config_option
 @common.nats_option
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs"), help="results: folder of the jobs.")

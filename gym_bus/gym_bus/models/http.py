@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import errno
 import random
 import time
 from array import array
@@ -39,6 +40,8 @@ OVERLOAD_WORDS = frozenset(
     ["rate_limit_exceeded", "rate_limit_error", "too_many_requests", "overloaded_error", "server_overloaded"]
 )
 """`type` or `code` of an error that says the same as status 429, whatever the status is."""
+NO_ROOM_HERE = (errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE, errno.ENOBUFS)
+"""Of connections: this machine has no port or descriptor left for one. It is as if the endpoint took no more."""
 HANG_UPS = 2
 """Connections that a call may find closed before a word was said, beside its retries: servers close idle ones."""
 _CONTEXT_WORDS = (
@@ -206,6 +209,9 @@ class OpenAIModel:
         except aiohttp.ClientSSLError as e:
             raise ModelUnreachable(f"no TLS with {self._url}: {e.args[-1] if e.args else e}") from None
         except aiohttp.ClientConnectorError as e:
+            if e.os_error.errno in NO_ROOM_HERE:
+                why = f"no further connection from this machine: {e.os_error.strerror}"
+                raise Overloaded(f"{self._url}: {why}") from None
             raise ModelUnreachable(f"cannot reach {self._url}: {e.os_error.strerror or e}") from None
         except aiohttp.InvalidURL as e:
             raise RequestRefused(f"base_url is no address: {e}") from None

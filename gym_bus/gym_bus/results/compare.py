@@ -281,7 +281,7 @@ def _warnings(one: _Job, other: _Job, pairing: Pairing, varied: Sequence[Varied]
         )
     if "verifier" in aspects:
         yield "the two were scored by different verifiers; `gym-bus eval reverify` scores stored rollouts alike"
-    if not aspects:
+    if not aspects and one.manifest is not None and other.manifest is not None:
         yield "nothing is known to differ: what is seen is the noise between two runs"
     if pairing.by == "index":
         yield "a job has no materialized inputs: tasks are paired by index, and prompt, data and sampling go unchecked"

@@ -47,7 +47,7 @@ def to_parquet(paths: Sequence[Path], file: Path, *, texts: bool = True) -> int:
         DataError: names file and line.
     """
     arrow, parquet = need("pyarrow", "analysis"), need("pyarrow.parquet", "analysis")
-    jobs = [JobFiles.found_at(path) for path in paths]
+    jobs = [at for path in paths for at in JobFiles.all_at(path)]
     frames = [read_frame(files) for files in jobs]
     whole, lengths = join(frames), [len(frame) for frame in frames]
     schema = arrow.Schema.from_pandas(whole.drop(columns=[PLACE]), preserve_index=False).remove_metadata()

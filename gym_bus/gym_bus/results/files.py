@@ -44,6 +44,21 @@ class JobFiles:
             raise UsageError(f"{path}: {there}")
         return cls.beside(found[0])
 
+    @classmethod
+    def all_at(cls, path: Path) -> list[JobFiles]:
+        """The files of the job at a path as `found_at` has it, or of all jobs below: those of a suite, or of a sweep.
+
+        Raises:
+            UsageError: neither is there.
+        """
+        try:
+            return [cls.found_at(path)]
+        except UsageError:
+            below = sorted(at for depth in ("*", "*/*") for at in path.glob(f"{depth}/rollouts.jsonl"))
+            if not below:
+                raise
+            return [cls.beside(at) for at in below]
+
     @property
     def rollouts(self) -> Path:
         """One line per scored rollout, in order of completion."""

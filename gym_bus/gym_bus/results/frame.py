@@ -41,7 +41,7 @@ def load(paths: Paths, *, fields: Collection[str] | None = None, texts: bool = F
     column above has it already, it is `row.NAME`. What the files do not say is missing: NeMo Gym's have no timings.
 
     Args:
-        paths: folders of jobs, or rollouts files. `job` tells them apart: the job's id, else the folder's name.
+        paths: folders of jobs or of suites, or rollouts files. `job` tells jobs apart: its id, else the folder's name.
         fields: the keys of row and verifier that become columns; None for all that hold text, numbers or truth values.
             Objects and lists become JSON text where they are named here.
         texts: also `input_text`, what the model was told, and `output_text`, what it said in its messages.
@@ -53,7 +53,8 @@ def load(paths: Paths, *, fields: Collection[str] | None = None, texts: bool = F
         DataError: names file and line: not a result, or a rollout recorded twice.
     """
     given = [paths] if isinstance(paths, str | Path) else paths
-    jobs = [(files := JobFiles.found_at(Path(path)), read_frame(files, fields=fields)) for path in given]
+    found = [files for path in given for files in JobFiles.all_at(Path(path))]
+    jobs = [(files, read_frame(files, fields=fields)) for files in found]
     if texts:
         jobs = [(files, with_texts(files, frame)) for files, frame in jobs]
     return join([frame for _, frame in jobs]).drop(columns=[PLACE])

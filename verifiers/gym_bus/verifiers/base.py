@@ -40,7 +40,8 @@ class Verifier(Protocol):
 
     placement: ClassVar[Placement]
     required: ClassVar[tuple[str, ...]]
-    """Row keys without which the row cannot be judged; used to check data before a job starts."""
+    """Row keys without which the row cannot be judged, `a|b` where either will do; used to check data before a job
+    starts."""
 
     def verify(self, task: Task) -> Verdict:
         """Score one attempt. Pure: no bus, no clock, no network, so it can run anywhere, twice.
@@ -66,6 +67,14 @@ class SandboxedVerifier(Protocol):
     One whose programs together may take longer than `verifier.limit_s` says how long, by their own limits:
 
         def longest_s(self, task: Task) -> float: ...
+
+    One that judges by what a reference solution does computes that once, when rows are prepared; of the pair, the
+    second is how many tests had to be left out:
+
+        @staticmethod
+        def incomplete(row: dict[str, Any]) -> bool: ...
+        @classmethod
+        async def complete(cls, row: dict[str, Any], sandbox: Sandbox) -> tuple[dict[str, Any], int]: ...
     """
 
     placement: ClassVar[Placement]

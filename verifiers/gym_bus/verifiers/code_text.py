@@ -34,6 +34,16 @@ _INFO = re.compile(r"[\w+.#-]*\s*")
 """What may stand behind an opening fence: a language, or the rest of its name."""
 
 
+def closed_block(text: str) -> str | None:
+    """What stands between the last "```python", else the last "```", and the next "```"; EvalPlus's rule in NeMo Gym.
+
+    None where that is empty or there is no such fence: unlike `last_block`, it takes no raw completion.
+    """
+    _, fence, behind = text.replace("\r", "").rpartition("```python" if "```python" in text else "```")
+    code, closing, _ = behind.partition("```")
+    return code.strip() or None if fence and closing else None
+
+
 def between_last_fences(text: str) -> str | None:
     """The lines strictly between the last two lines that contain "```": `code_gen`'s rule; None without two such."""
     lines = text.split("\n")

@@ -15,8 +15,8 @@ from msgspec import Meta
 
 from gym_bus.errors import SandboxError, TaskError
 from gym_bus.messages import Verdict
-from gym_bus.sandbox.api import Ended, Limits, Outcome, Program, Sandbox
-from gym_bus.verifiers import literal_tests, wire_values
+from gym_bus.sandbox.api import Ended, Limits, Outcome, Sandbox
+from gym_bus.verifiers import evalplus, evalplus_data, literal_tests, sides, wire_values
 from gym_bus.verifiers.base import Placement, Task
 from gym_bus.verifiers.code_text import defines, last_block
 from gym_bus.verifiers.literal_tests import Case
@@ -26,24 +26,12 @@ from gym_bus.verifiers.text import output_text, without_think
 
 _DEFINED = re.compile(r"(?m)^def\s+(\w+)")
 
-REASONS = {
-    Ended.WALL_LIMIT: "timeout",
-    Ended.CPU_LIMIT: "timeout",
-    Ended.MEMORY: "memory",
-    Ended.OUTPUT_LIMIT: "output_limit",
-    Ended.COMPILE_ERROR: "compile_error",
-    Ended.SIGNALLED: "runtime_error",
-    Ended.FINISHED: "runtime_error",
-}
-"""What to call the end of a solution that the tests did not see through."""
 
-
-class Options(msgspec.Struct, frozen=True, kw_only=True):
+class Options(evalplus.Options, frozen=True, kw_only=True):
     """What a job may set."""
 
     cpu_s: Annotated[float, Meta(gt=0, le=600)] = 10.0
-    """CPU seconds of all the tests of one solution together."""
-    memory_bytes: Annotated[int, Meta(ge=32 * 2**20)] = 512 * 2**20
+    """CPU seconds of all the tests of one solution together; EvalPlus's tests have limits of their own."""
 
 
 class _Report(msgspec.Struct, frozen=True):
@@ -69,7 +57,7 @@ class _FunctionTests:
     name: ClassVar[str]
 
     def __init__(self, **options: Any) -> None:
-        o = read_options(Options, self.name, options)
+        self._options = o = read_options(Options, self.name, options)
         wall_s = max(2 * o.cpu_s, o.cpu_s + 2)
         self._limits = Limits(
             wall_s=wall_s, cpu_s=o.cpu_s, memory_bytes=o.memory_bytes, output_bytes=wire_values.MAX_FRAME_BYTES
@@ -77,7 +65,19 @@ class _FunctionTests:
 
     def longest_s(self, task: Task) -> float:
         """Wall-clock seconds of the tests, which run beside the solution."""
+        if evalplus.is_extended(task.row):
+            return evalplus.longest_s(task.row, self._options)
         return self._limits.wall_s
+
+    @staticmethod
+    def incomplete(row: dict[str, Any]) -> bool:
+        """Whether it is a row as EvalPlus publishes it, whose expected outputs are still to be computed."""
+        return evalplus_data.is_published(row)
+
+    @classmethod
+    async def complete(cls, row: dict[str, Any], sandbox: Sandbox) -> tuple[dict[str, Any], int]:
+        """See `SandboxedVerifier`; runs the canonical solution on the inputs of EvalPlus."""
+        return await evalplus_data.complete(row, cls.name, sandbox)
 
     def solution(self, row: dict[str, Any], code: str) -> str:
         """The whole solution for what the model wrote."""
@@ -89,6 +89,13 @@ class _FunctionTests:
 
     async def verify(self, task: Task, sandbox: Sandbox) -> Verdict:
         """Score one answer; see `SandboxedVerifier.verify`."""
+        if evalplus.is_extended(task.row):
+            return await evalplus.verify(task, self.name, self._options, sandbox)
+        if self.incomplete(task.row):
+            raise TaskError(
+                f"the row has EvalPlus's inputs without expected outputs: `gym-bus dataset prepare {self.name} --split "
+                "plus --source DIR` computes them"
+            )
         tests = self.tests(task.row)
         code = last_block(without_think(output_text(task.response)))
         if code is None or not code.strip():
@@ -96,13 +103,13 @@ class _FunctionTests:
         solution = self.solution(task.row, code)
         cases = literal_tests.read_cases(tests.setup, tuple(tests.each), tests.entry_point, tests.names)
         if cases is not None:
-            program = _program("solution_side", "answer_all", repr(solution))
+            program = sides.program("solution_side", "answer_all", repr(solution))
             outcome = await sandbox.run(program, literal_tests.calls(cases), self._limits)
             return _compare(code, cases, outcome)
         nonce = secrets.token_hex(8)
         first, second = await sandbox.run_pair(
-            _program("solution_side", "main", repr(solution)),
-            _program(
+            sides.program("solution_side", "main", repr(solution)),
+            sides.program(
                 "tester_side",
                 "main",
                 f"{tests.setup!r}, {tests.each!r}, {nonce!r}, {tests.entry_point!r}, {tests.names!r}",
@@ -118,12 +125,8 @@ class _FunctionTests:
 def _compare(code: str, cases: Sequence[Sequence[Case]], solution: Outcome) -> Verdict:
     """Judge by what a solution replied to the calls of its tests."""
     replies = literal_tests.replies(solution.stdout)
-    loaded = next(replies, None)
-    if loaded != ["ready"]:
-        if not isinstance(loaded, list) or len(loaded) < 2:
-            return _verdict(code, REASONS[solution.ended], [])
-        reason = "compile_error" if loaded[0] == "compile_error" else "runtime_error"
-        return _verdict(code, reason, [], shown(loaded[-1], 500))
+    if fault := sides.not_loaded(replies, solution):
+        return _verdict(code, fault[0], [], fault[1])
     tests: list[dict[str, Any]] = []
     for test in cases:
         tests.append(_judge_test(test, replies))
@@ -150,11 +153,6 @@ def _judge_test(test: Sequence[Case], replies: Iterator[Any]) -> dict[str, Any]:
     return failed or {"passed": True}
 
 
-def _program(module: str, function: str, arguments: str) -> Program:
-    text = f"from gym_bus.verifiers.{module} import {function}\n{function}({arguments})\n"
-    return Program(source=text.encode("utf-8", "surrogatepass" if "\\ud" not in text else "strict"))
-
-
 def _read_report(tester: Outcome, nonce: str) -> _Report | None:
     last = tester.stdout.rstrip(b"\n").rpartition(b"\n")[2]
     try:
@@ -167,7 +165,7 @@ def _read_report(tester: Outcome, nonce: str) -> _Report | None:
 def _judge(code: str, report: _Report | None, solution: Outcome, tester: Outcome, count: int) -> Verdict:
     if report is None:
         if tester.ended in (Ended.WALL_LIMIT, Ended.CPU_LIMIT, Ended.MEMORY, Ended.OUTPUT_LIMIT):
-            return _verdict(code, REASONS[tester.ended], [])
+            return _verdict(code, sides.REASONS[tester.ended], [])
         said = (tester.stderr[-300:] or tester.stdout[-300:]).decode(errors="replace")
         raise SandboxError(f"the tests ended without a report ({tester.ended.value}): {said}")
     return _summed_up(code, report.tests, count, solution, report.reason, report.detail)
@@ -182,7 +180,7 @@ def _summed_up(
     else:
         reason, detail = str(failed["reason"]), str(failed.get("detail", ""))
     if reason == "ended":
-        reason = REASONS.get(solution.ended, "runtime_error")
+        reason = sides.REASONS.get(solution.ended, "runtime_error")
     return _verdict(code, reason, tests, detail)
 
 
@@ -201,10 +199,10 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 class HumanEval(_FunctionTests):
-    """Reward 1.0 when the completed function passes the task's `check`."""
+    """Reward 1.0 when the completed function passes the task's `check`, or EvalPlus's tests where the row has them."""
 
     name = "humaneval"
-    required: ClassVar[tuple[str, ...]] = ("prompt", "entry_point", "test")
+    required: ClassVar[tuple[str, ...]] = ("prompt", "entry_point", "test|plus_tests")
 
     def solution(self, row: dict[str, Any], code: str) -> str:
         """A whole function stands behind the prompt's imports and helpers; a body completes the prompt."""
@@ -222,10 +220,10 @@ class HumanEval(_FunctionTests):
 
 
 class Mbpp(_FunctionTests):
-    """Reward 1.0 when the function passes every assert of the task."""
+    """Reward 1.0 when the function passes every assert of the task, or EvalPlus's tests where the row has them."""
 
     name = "mbpp"
-    required: ClassVar[tuple[str, ...]] = ("test_list",)
+    required: ClassVar[tuple[str, ...]] = ("test_list|plus_tests",)
 
     def solution(self, row: dict[str, Any], code: str) -> str:
         """As the model wrote it."""

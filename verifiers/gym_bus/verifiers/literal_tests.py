@@ -154,11 +154,7 @@ def _passed(call: ast.Call) -> tuple[Any, Any]:
         raise ValueError("**")
     arguments = tuple(map(_value, call.args))
     keywords = {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
-    return wire_values.encode(arguments, _no_handle), wire_values.encode(keywords, _no_handle)
-
-
-def _no_handle(value: Any) -> Any:
-    raise ValueError(f"a {type(value).__name__} is no plain data")
+    return wire_values.encode(arguments, wire_values.no_handle), wire_values.encode(keywords, wire_values.no_handle)
 
 
 def calls(cases: Sequence[Sequence[Case]]) -> bytes:
@@ -187,9 +183,9 @@ def equal(frame: Any, expected: Any) -> bool:
     What cannot be equal for its size is never built: a solution chooses the frame, and hash collisions cost time.
     """
     try:
-        if _leaves(frame) != _leaves(wire_values.encode(expected, _no_handle)):
+        if leaves(frame) != leaves(wire_values.encode(expected, wire_values.no_handle)):
             return False
-        return bool(wire_values.decode(frame, _no_handle) == expected)
+        return bool(wire_values.decode(frame, wire_values.no_handle) == expected)
     except (wire_values.ProtocolError, wire_values.NotData, ValueError, TypeError, RecursionError):
         return False
 
@@ -201,14 +197,14 @@ def true(frame: Any) -> bool | None:
             return len(frame[1]) > 0
         if isinstance(frame, list) and frame[0] == wire_values.HANDLE:
             return bool(frame[2])
-        return bool(wire_values.decode(frame, _no_handle))
-    except (wire_values.ProtocolError, IndexError, TypeError, ValueError):
+        return bool(wire_values.decode(frame, wire_values.no_handle))
+    except (wire_values.ProtocolError, wire_values.NotData, IndexError, TypeError, ValueError):
         return None
 
 
-def _leaves(frame: Any) -> int:
+def leaves(frame: Any) -> int:
     """How many values that are no containers, and containers, a frame holds: as many as one that equals it."""
     if not (isinstance(frame, list) and len(frame) == 2 and frame[0] in wire_values.CONTAINERS):
         return 1
     items = frame[1] if frame[0] != "d" else [item for pair in frame[1] for item in pair]
-    return 1 + sum(map(_leaves, items))
+    return 1 + sum(map(leaves, items))

@@ -6,6 +6,8 @@ Standard library only. Everything here is in reach of the solution; the tester t
 from __future__ import annotations
 
 import os
+import signal
+import time
 from typing import Any
 
 from gym_bus.verifiers import wire_values
@@ -69,8 +71,12 @@ class Server:
 
     def reply(self, fd: int, request: Any) -> None:
         """Answer one request."""
+        self.say(fd, self.answer(request))
+
+    def say(self, fd: int, answer: Any) -> None:
+        """Write an answer, or that it is too large."""
         try:
-            wire_values.send(fd, self.answer(request))
+            wire_values.send(fd, answer)
         except wire_values.NotData:
             wire_values.send(fd, ["raised", "ValueError", "the result is too large"])
 
@@ -99,6 +105,29 @@ def answer_all(source: str) -> None:
                 server.reply(replies, ["call", *request])
             else:
                 wire_values.send(replies, ["missing", request[0]])
+
+
+def answer_within(source: str) -> None:
+    """As `answer_all`, for calls of a name, arguments and a limit in seconds; each reply ends with the seconds it took.
+
+    A call past its limit is the last one, with "slow" as its reply. A solution can reach the clock and the alarm: what
+    it gains is time, which the limits of the sandbox bound.
+    """
+    requests, replies = wire_values.receive(0), os.dup(1)
+    _print_nowhere()
+
+    def too_slow(*_: Any) -> None:
+        wire_values.send(replies, ["slow"])
+        os._exit(0)
+
+    if (server := _loaded(source, replies)) is not None:
+        signal.signal(signal.SIGALRM, too_slow)
+        for name, arguments, limit_s in requests:
+            started = time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, limit_s)
+            answer = server.answer(["call", name, arguments, wire_values.NO_KEYWORDS])
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            server.say(replies, [*answer, time.monotonic() - started])
 
 
 def _print_nowhere() -> None:

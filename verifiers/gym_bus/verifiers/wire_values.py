@@ -97,6 +97,8 @@ CONTAINERS = frozenset((*_BUILD, "d"))
 """Tags of values that hold others."""
 HANDLE = "h"
 """Tag of what is no data: its number and its truth follow."""
+NO_KEYWORDS: list[Any] = ["d", []]
+"""The keyword arguments of a call without any."""
 
 
 def _text(value: str) -> Any:
@@ -105,6 +107,11 @@ def _text(value: str) -> Any:
     except UnicodeEncodeError:  # lone surrogates have no place in JSON
         return ["u", _base64(value.encode("utf-8", "surrogatepass"))]
     return value
+
+
+def no_handle(value: Any) -> Any:
+    """For `encode` and `decode` where everything must be data. Raises NotData."""
+    raise NotData(type(value).__name__)
 
 
 def decode(value: Any, handle: Callable[[Any], Any], depth: int = 0) -> Any:

@@ -72,7 +72,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """Of each question."""
     model: str = "simulated"
     """Key in the configuration of the model that is served over HTTP: simulated or replay."""
-    api: Literal["responses", "chat"] = "responses"
+    api: Literal["responses", "chat", "none"] = "responses"
+    """none: no HTTP, the model is within the agent workers: a machine has some 28,000 connections to one address."""
     tokens: bool = False
     """Ask for token ids and log-probabilities."""
     burst: bool = False
@@ -174,13 +175,21 @@ async def measure(load: Load, config: Config, on_start: Callable[[Progress], Non
     """
     folder = Path(tempfile.mkdtemp(prefix="gym-bus-bench-"))
     try:
-        async with serve_model(config, load.model) as address:
-            model = ModelConfig(base_url=address, api=load.api, return_tokens=load.tokens)
+        async with _model(load, config) as model:
             config = msgspec.structs.replace(config, models={"bench": model})
             job = await asyncio.to_thread(_write_job, load, config, folder)
             return await _measure(job, load, config, on_start)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def _model(load: Load, config: Config) -> AsyncIterator[ModelConfig]:
+    if load.api == "none":
+        yield config.models[load.model]
+        return
+    async with serve_model(config, load.model) as address:
+        yield ModelConfig(base_url=address, api=load.api, return_tokens=load.tokens)
 
 
 def _write_job(load: Load, config: Config, folder: Path) -> Job:

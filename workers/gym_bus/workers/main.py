@@ -104,7 +104,6 @@ async def run_worker(
 
         if protects := await require_sandbox(config.verifier):
             tell(protects)
-    gc.freeze()  # what was imported stays
     gc.set_threshold(*GARBAGE_THRESHOLDS)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

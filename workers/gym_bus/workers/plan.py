@@ -169,8 +169,9 @@ def _find_data(benchmark: Benchmark, wanted: Wanted, split: str, data_dir: Path)
     path = data_path(benchmark, data_dir, split)
     if not path.is_file():
         name = benchmark.spec.name
+        command = f"gym-bus dataset prepare {name}" + (f" --split {split}" if split != benchmark.main.name else "")
         raise UsageError(
-            f"benchmark {name!r} is not prepared: run `gym-bus dataset prepare {name}` (it fetches the data from its "
+            f"benchmark {name!r} is not prepared: run `{command}` (it fetches the data from its "
             f"public source, or reads a folder with --source DIR), or try its five example rows with --split example"
         )
     return path

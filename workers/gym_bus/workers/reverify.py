@@ -15,6 +15,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 
 import msgspec
 
+from gym_bus.benchmarks.dataset import lacking
 from gym_bus.benchmarks.nemo_gym import VERIFIERS as NEMO_GYM_NAMES
 from gym_bus.bus import Bus
 from gym_bus.config import Config
@@ -323,10 +324,10 @@ def _check_rows(plan: _Plan, verifier: str) -> int:
     for _, path, joined in plan.rows():
         count += 1
         row = _fields.decode(joined.row)
-        if lacking := [key for key in required if key not in row]:
+        if missing := lacking(required, row.__contains__):
             broken += 1
             complaint = complaint or (
-                f"{path}:{joined.number}: verifier {verifier!r} needs {', '.join(map(repr, lacking))}, "
+                f"{path}:{joined.number}: verifier {verifier!r} needs {', '.join(map(repr, missing))}, "
                 "which the row lacks, as do all others"
             )
     if count and broken == count:

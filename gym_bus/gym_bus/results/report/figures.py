@@ -60,7 +60,11 @@ def pass_curve(entries: Sequence[Entry]) -> Figure | None:
         traces,
         340,
         xaxis={"title": {"text": "k, rollouts drawn per task"}, "type": "log", "tickvals": sorted(drawn)},
-        yaxis={"title": {"text": "share of tasks"}, "tickformat": ".0%", "rangemode": "tozero"},
+        yaxis={
+            "title": {"text": "share of tasks" if all(entry.binary for entry in entries) else "mean over tasks"},
+            "tickformat": ".0%",
+            "rangemode": "tozero",
+        },
     )
 
 
@@ -181,7 +185,9 @@ def length_histogram(entries: Sequence[Entry]) -> Figure | None:
         barmode="stack",
         bargap=0.04,
         xaxis={"title": {"text": f"length of the output, {_unit(entries)}"}, **_log_ticks(edges)},
-        yaxis={"title": {"text": "scored rollouts"}} | ({"tickformat": ".0%"} if len(entries) > 1 else {}),
+        yaxis={"title": {"text": "share of scored rollouts"}, "tickformat": ".0%"}
+        if len(entries) > 1
+        else {"title": {"text": "scored rollouts"}},
         showlegend=True,
     )
 

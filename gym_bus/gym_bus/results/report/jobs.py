@@ -151,23 +151,23 @@ class Entry:
 
 
 def read_entries(paths: Sequence[Path]) -> list[Entry]:
-    """The jobs in folders or rollouts files, in their order.
+    """The jobs in folders, or below them, or in rollouts files, in their order.
 
     Raises:
         UsageError: no rollouts there, or one is given twice.
         DataError: names file and line.
     """
-    files = [JobFiles.found_at(path) for path in paths]
+    files = [at for path in paths for at in JobFiles.all_at(path)]
     places = [_place(at) for at in files]
     for place, count in Counter(places).items():
         if count > 1:
-            raise UsageError(f"{'/'.join(place)}: given {count} times")
+            raise UsageError(f"{Path(*place)}: given {count} times")
     return [entry for at, label in zip(files, _labels(places), strict=True) for entry in _entries(at, label)]
 
 
 def _place(files: JobFiles) -> tuple[str, ...]:
     folder = files.folder.resolve().parts
-    return folder if files.stem == "rollouts" else (*folder, files.stem)
+    return folder if files.stem == "rollouts" else (*folder, files.rollouts.name)
 
 
 def _labels(places: Sequence[tuple[str, ...]]) -> list[str]:

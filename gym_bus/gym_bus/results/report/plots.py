@@ -16,6 +16,10 @@ from gym_bus.results.statistics import Estimate
 COLOURS = ("#4c78f0", "#ef7f51", "#22a58b", "#b06fdd", "#d99a12", "#e0588a", "#6b9e3c", "#7f8ba0")
 """One per job; for light and for dark ground."""
 
+NAMES_IN_A_ROW = 3
+NAMES_HEIGHT = 20
+"""Pixels of a row of the legend; one row fits into any plot."""
+
 Figure = dict[str, Any]
 
 
@@ -25,7 +29,9 @@ def colour(place: int) -> str:
 
 
 def figure(traces: Sequence[Any], height: int, **layout: Any) -> Figure:
-    """A plot of some traces, `height` pixels high."""
+    """A plot of some traces, `height` pixels high; higher where the names of many need room above it."""
+    rows_of_names = -(-len(traces) // NAMES_IN_A_ROW) if layout.get("showlegend", True) else 0
+    height += NAMES_HEIGHT * max(0, rows_of_names - 1)
     layout = {"height": height, "margin": {"l": 56, "r": 16, "t": 12, "b": 48}, "template": None, **layout}
     made: Figure = graph().Figure(traces, layout).to_plotly_json()
     made["layout"].pop("template", None)

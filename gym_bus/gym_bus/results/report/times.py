@@ -25,6 +25,20 @@ STAGES = {
 }
 """In order of time."""
 
+STAGE_COLOURS = {
+    "request_queue_s": "#c3cad6",
+    "model_s": "#4c78f0",
+    "tools_s": "#d99a12",
+    "other_s": "#9aa1ad",
+    "publish_s": "#b06fdd",
+    "attempt_queue_s": "#e6c9a8",
+    "verify_s": "#22a58b",
+}
+"""Where jobs stand side by side; those of the table of the slowest rollouts. Waiting is pale."""
+
+
+SINCE = "mean seconds since the request"
+
 
 def seconds(value: float) -> str:
     """A duration for people."""
@@ -73,39 +87,71 @@ def figures(entries: Sequence[Entry]) -> dict[str, Figure]:
 
 
 def waterfall(entries: Sequence[Entry]) -> Figure | None:
-    """Mean seconds per stage, each bar beginning where the one before ends; None where nothing was timed."""
-    traces = []
-    for place, entry in enumerate(entries):
-        means = {name: float(values.mean()) for name, values in stage_seconds(entry).items() if len(values)}
-        if not means:
-            continue
-        lengths = list(means.values())
-        begin = np.cumsum([0.0, *lengths[:-1]]).tolist()
-        traces.append(
-            graph().Bar(
-                y=[STAGES[name] for name in means],
-                x=lengths,
-                base=begin,
-                orientation="h",
-                name=name_of(entry),
-                marker={"color": colour(place)},
-                text=[seconds(length) for length in lengths],
-                textposition="outside",
-                cliponaxis=False,
-                customdata=[length / sum(lengths) if sum(lengths) else 0 for length in lengths],
-                hovertemplate="%{y}: %{text}, %{customdata:.1%} of the whole<extra>%{fullData.name}</extra>",
-            )
-        )
-    if not traces:
+    """Mean seconds per stage, each bar beginning where the one before ends; None where nothing was timed.
+
+    Of one job a row per stage; of several a row per job, so that the page does not grow with stages times jobs.
+    """
+    timed = {
+        place: means
+        for place, entry in enumerate(entries)
+        if (means := {name: float(values.mean()) for name, values in stage_seconds(entry).items() if len(values)})
+    }
+    if not timed:
         return None
+    if len(timed) > 1:
+        return _side_by_side([name_of(entries[place]) for place in timed], list(timed.values()))
+    ((place, means),) = timed.items()
+    return _one_by_one(name_of(entries[place]), colour(place), means)
+
+
+def _one_by_one(name: str, colour: str, means: Mapping[str, float]) -> Figure:
+    lengths = list(means.values())
+    bar = graph().Bar(
+        y=[STAGES[stage] for stage in means],
+        x=lengths,
+        base=np.cumsum([0.0, *lengths[:-1]]).tolist(),
+        orientation="h",
+        name=name,
+        marker={"color": colour},
+        text=[seconds(length) for length in lengths],
+        textposition="outside",
+        cliponaxis=False,
+        customdata=[length / sum(lengths) if sum(lengths) else 0 for length in lengths],
+        hovertemplate="%{y}: %{text}, %{customdata:.1%} of the whole<extra>%{fullData.name}</extra>",
+    )
     return figure(
-        traces,
-        max(300, 90 + 26 * len(STAGES) * len(traces)),
-        barmode="group",
+        [bar],
+        300,
         margin={"l": 150, "r": 64, "t": 12, "b": 48},
-        xaxis={"title": {"text": "mean seconds since the request"}, "rangemode": "tozero"},
+        xaxis={"title": {"text": SINCE}, "rangemode": "tozero"},
         yaxis={"autorange": "reversed"},
-        showlegend=len(traces) > 1,
+        showlegend=False,
+    )
+
+
+def _side_by_side(names: Sequence[str], means: Sequence[Mapping[str, float]]) -> Figure:
+    bars = [
+        graph().Bar(
+            y=names,
+            x=[of[stage] for of in means],
+            orientation="h",
+            name=said,
+            marker={"color": STAGE_COLOURS[stage]},
+            customdata=[[seconds(of[stage]), of[stage] / (sum(of.values()) or 1.0)] for of in means],
+            hovertemplate=f"{said}: %{{customdata[0]}}, %{{customdata[1]:.1%}} of the whole<extra>%{{y}}</extra>",
+        )
+        for stage, said in STAGES.items()
+        if any(of[stage] for of in means)
+    ]
+    return figure(
+        bars,
+        max(240, 120 + 32 * len(names)),
+        barmode="stack",
+        bargap=0.35,
+        xaxis={"title": {"text": SINCE}, "rangemode": "tozero"},
+        yaxis={"autorange": "reversed", "type": "category", "automargin": True},
+        showlegend=True,
+        legend={"traceorder": "normal"},
     )
 
 

@@ -19,6 +19,12 @@ def test_the_published_keys_are_kept_as_they_are() -> None:
     assert convert({**published, "more": 1}) == published
 
 
+def test_of_a_row_of_evalplus_the_inputs_are_kept_and_the_contract_is_not() -> None:
+    kept = {key: f"some {key}" for key in KEYS[:-1]} | {"base_input": [[1]], "plus_input": [[2]], "atol": 0}
+
+    assert convert({**kept, "contract": "assert x", "test": "a check"}) == kept
+
+
 def test_a_row_without_one_of_them_is_refused() -> None:
     with pytest.raises(KeyError, match="test"):
         convert(dict.fromkeys(KEYS[:-1], ""))

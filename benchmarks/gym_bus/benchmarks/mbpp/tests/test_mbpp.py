@@ -9,6 +9,7 @@ import pytest
 from gym_bus.benchmarks.dataset import materialize
 from gym_bus.benchmarks.mbpp.prepare import convert
 from gym_bus.benchmarks.spec import load_benchmark
+from gym_bus.errors import DataError
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -29,6 +30,38 @@ def test_the_published_keys_are_kept_and_the_tests_are_joined_for_the_prompt() -
         **a_published_row(),
         "tests_text": "assert double(1) == 2\nassert double(2) == 4",
     }
+
+
+PLUS = {
+    "task_id": "Mbpp/2",
+    "prompt": '"""\nWrite a function\nto double.\nassert double(1) == 2\nassert double(2) == 4\n"""\n',
+    "entry_point": "double",
+    "canonical_solution": "\ndef double(x):\n    return 2 * x\n",
+    "base_input": [[1]],
+    "plus_input": [[2]],
+    "atol": 0,
+}
+
+
+def test_of_a_row_of_evalplus_the_sentence_and_the_asserts_are_told_apart_for_the_prompt(tmp_path: Path) -> None:
+    row = convert({**PLUS, "contract": "assert x", "assertion": "assert double(1) == 2"})
+
+    assert row == {
+        **PLUS,
+        "text": "Write a function\nto double.",
+        "code": PLUS["canonical_solution"],
+        "tests_text": "assert double(1) == 2\nassert double(2) == 4",
+    }
+    file = tmp_path / "plus.jsonl"
+    file.write_text(json.dumps(row))
+    prompt = load_benchmark("mbpp").spec.prompt
+    with pytest.raises(DataError, match=r"the verifier needs the key 'test_list\|plus_tests'"):
+        list(materialize(file, agent="simple", prompt=prompt, required=["test_list|plus_tests"]))
+    file.write_text(json.dumps({**row, "plus_tests": {}}))
+    (task,) = materialize(file, agent="simple", prompt=prompt, required=["test_list|plus_tests"])
+    (message,) = json.loads(task.row)["responses_create_params"]["input"]
+    assert "here is your task: Write a function\nto double.\n" in message["content"]
+    assert "```python\nassert double(1) == 2\n" in message["content"]
 
 
 def test_the_setup_of_the_tests_is_shown_before_them() -> None:
