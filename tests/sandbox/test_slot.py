@@ -611,3 +611,34 @@ async def test_a_module_that_cannot_be_loaded_stops_the_start(monkeypatch: pytes
 
     with pytest.raises(SandboxError, match="the sandbox cannot start: No module named 'a_module_that_nobody_has'"):
         await Slot.start(modules=["needs_more"])
+
+
+NAMES = "from math import *\nimport string, sys\nsys.setrecursionlimit(5000)\n"
+USES_NAMES = b"""
+def area(r): return pi * r ** 2
+assert string.digits and sys.getrecursionlimit() == 5000 and isqrt(10) == 3
+try:
+    print(forged)
+except NameError:
+    print(round(area(1), 2))
+pi = 3
+import builtins
+builtins.forged = builtins.pi = 1
+if isinstance(__builtins__, dict):
+    __builtins__.update(forged=1, pi=1)
+"""
+
+
+@pytest.mark.parametrize("known", ["", NAMES])
+async def test_names_are_found_whether_a_slot_knows_them_or_not_and_no_program_changes_them(known: str) -> None:
+    slot = await Slot.start(names=known)
+    try:
+        program = Program(source=USES_NAMES, names=NAMES)
+
+        outcomes = [await slot.run(program), await slot.run(program), *await slot.run_cases(program, [b""])]
+        broken = await slot.run(Program(source=b"def (", names=NAMES))
+    finally:
+        await slot.close()
+
+    assert [(outcome.stdout, outcome.stderr) for outcome in outcomes] == [(b"3.14\n", b"")] * 3
+    assert broken.ended is Ended.COMPILE_ERROR

@@ -200,6 +200,6 @@ def bench(programs: int, no_pools: bool, as_json: bool) -> None:
     common.out.print(shown, soft_wrap=True)
     click.echo(
         f"{report.times_plain:.1f} times a process each; "
-        f"isolation adds {100 * report.isolation_share:.0f} % to a warmed fork; "
+        f"isolation adds {100 * report.isolation_share:.0f} % to the same slot without it; "
         f"a slot starts in {report.slot_start_ms:.0f} ms and takes {report.slot_mb:.0f} MB"
     )

@@ -40,7 +40,7 @@ PRESSED = 0.97
 """Part of the places that must be taken before there are more: the last raise shows what it does only then."""
 MOST_RAISE = 0.05
 """Of the limit, in one raise. Raises double while they are found good."""
-PACE_RAISE, MOST_PACE_RAISE = 0.01, 0.1
+PACE_RAISE, MOST_PACE_RAISE = 0.01, 0.25
 """Of the pace, in one raise."""
 PACE_PROOF_S = 1.2
 """Between two raises of the pace: endpoints count the calls of a second."""
@@ -50,8 +50,10 @@ PACE_DOUBT = 5
 """Calls that count as taken, so that a single refusal is no large share."""
 LEAST_PACE = 1.0
 SPARE_PACE = 0.1
-PACE_AFTER_S = 1.0
+PACE_AFTER_S = 2.0
 """With a limit on places, before a pace is tried instead; four times as long after every time in vain."""
+SETTLED_S = 3.0
+BURST, BURST_CALLS = 3, 100
 PACE_TRIAL_S = 4.0
 """Beside two calls' time, for that."""
 PACE_TRIAL_CUTS = 4
@@ -60,7 +62,9 @@ BEYOND = 1.1
 """Calls in flight, of the limit, that show that it is none."""
 SPREAD_S, SOON_S = 0.6, 0.1
 """In which all members, and a single one, have heard of a new pace."""
-SICK, WELL = 0.018, 0.01
+SICK, WELL, ILL = 0.02, 0.01, 0.05
+PACE_FIRST = 1.05
+PACE_FAILS = 3
 AS_MUCH = 0.93
 PLENTY = 1 << 30
 """Places, where there is a pace instead."""
@@ -140,6 +144,8 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Whether it is being tried if a pace does better than places."""
     vain: int = 0
     """How often that was so in vain."""
+    troubled: bool = False
+    burst: float = 0.0
     share: float = 0.0
     """Of the calls that are refused, smoothed."""
     before: tuple[float, float] = (0.0, 0.0)
@@ -150,6 +156,7 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
     pace_calls: int = 0
     """Taken since a pace is tried."""
     pace_cuts: int = 0
+    pace_fails: int = 0
     pace_taken: int = 0
     pace_refused: int = 0
     """Calls since the pace was changed."""
@@ -322,6 +329,7 @@ class Partner:
             fleet.limit = max(1, me.places + sum(member.places for member in fleet.members.values()))
             self._raised(fleet, fleet.limit)  # what is refused now is the doing of the ramp
             fleet.streak = fleet.look_taken = fleet.look_refused = 0
+            fleet.paced += 1
 
     def _first_calls(self, fleet: Fleet, now: float) -> int:
         """Calls that may be made at an endpoint of which nothing is known; one process begins after the other."""
@@ -353,13 +361,20 @@ class Partner:
         fleet.refused += due.refused
         explained = self._explained(fleet, now) if due.odd else 0
         fleet.look_taken += due.taken
-        fleet.look_refused += due.odd - explained
+        if not (fleet.vain and self._age_s(fleet, "paced", now) < 1.0):
+            fleet.look_refused += due.odd - explained
+        kept = max(0.0, 1 - (due.taken + due.odd) / BURST_CALLS)
+        fleet.burst = fleet.burst * kept + due.odd - explained
         noisy = fleet.noise >= TROUBLE  # single refusals say nothing then
         covered = due.odd - explained if noisy else min(due.odd - explained, int(fleet.budget))
-        fleet.budget = max(0.0, fleet.budget - CALLS_PER_FINDING * due.odd)
+        settling = fleet.proving or (fleet.vain and not fleet.pace and self._age_s(fleet, "paced", now) < 1.0)
+        if not settling:
+            fleet.budget = max(0.0, fleet.budget - CALLS_PER_FINDING * due.odd)
         if fleet.pace:
             self._slow_down(fleet, now)
-        elif fleet.limit is not None and fleet.trial is None:
+        elif fleet.limit is not None and fleet.trial is None and not (
+            fleet.vain and self._age_s(fleet, "paced", now) < 1.0
+        ):
             self._lower(fleet, me, due.odd - covered)
 
     def _lower(self, fleet: Fleet, me: Member, places: int) -> None:
@@ -408,7 +423,13 @@ class Partner:
         if share < fleet.noise:
             fleet.noise += (share - fleet.noise) * NOISE_SMOOTHING
         elif TROUBLE + NOISE_MARGIN * fleet.noise < share < CLOSED:
-            self._try_less(fleet, share)
+            if fleet.limit is None:
+                self._try_less(fleet, share)
+            elif fleet.vain % 2:
+                self._try_less(fleet, share)
+                fleet.vain += 1
+            else:
+                fleet.troubled = True
 
     def _try_less(self, fleet: Fleet, share: float) -> None:
         places = fleet.limit or max(1, sum(member.places for member in fleet.members.values()))
@@ -436,18 +457,27 @@ class Partner:
         """Try whether the endpoint counts the calls of a second: with a pace it takes more of them at a time then."""
         since_s = self._age_s(fleet, "paced", now)
         due, count = self._due, len(fleet.members)
+        if not fleet.pace and since_s < SETTLED_S + self._throttle.mean_s:
+            due = Tally(due.taken)
         fleet.share += (due.refused - fleet.share * (due.taken + due.refused)) / PACE_TRIAL_CALLS
         fleet.share = min(1.0, max(0.0, fleet.share))
         rate = _rate_of(fleet)
         fleet.rate += (rate - fleet.rate) / (8 * count)
         if not fleet.pace:
             fleet.peak = max(fleet.peak, rate)
-            if waiting and since_s >= PACE_AFTER_S * 4 ** min(fleet.vain, 3) and fleet.peak:
-                fleet.before = fleet.share, fleet.rate
-                self._change(fleet, max(LEAST_PACE, fleet.peak), proving=True)
+            fleet.pace_calls += due.taken if since_s >= SETTLED_S + self._throttle.mean_s else 0
+            sick = since_s >= SETTLED_S and (fleet.troubled or fleet.burst >= BURST)
+            after_s = PACE_AFTER_S * 4 ** min(fleet.vain, 2)
+            if sick and waiting and fleet.peak and since_s >= (min(after_s, 15.0) if sick else after_s):
+                fleet.before = max(fleet.share, SICK), fleet.rate
+                fleet.troubled = False
+                fleet.budget = 0.0
+                self._change(fleet, max(LEAST_PACE, PACE_FIRST * fleet.rate), proving=True)
+                fleet.burst = 0.0
                 fleet.in_flight = 0.9 * (fleet.limit or 0)
             return
         fleet.pace_calls += due.taken
+        fleet.pace_fails += due.odd
         busy = sum(member.busy for member in fleet.members.values())
         fleet.in_flight += (busy - fleet.in_flight) / (4 * count)
         if fleet.proving:
@@ -456,19 +486,21 @@ class Partner:
             better = share > SICK and fleet.pace_calls >= PACE_TRIAL_CALLS and fleet.rate > AS_MUCH * rate
             if fleet.share < WELL + share / 4 and (beyond or better):
                 fleet.proving, fleet.vain = False, 0
-            elif fleet.pace_cuts > PACE_TRIAL_CUTS or (
+            elif (fleet.pace_cuts > PACE_TRIAL_CUTS if share else fleet.pace_fails >= PACE_FAILS) or (
                 since_s > PACE_TRIAL_S + 2 * self._throttle.mean_s
                 and (share < SICK or fleet.pace_calls > 2 * PACE_TRIAL_CALLS)
             ):
                 fleet.vain += 1
                 self._change(fleet, 0.0)
+        elif fleet.share > ILL:
+            self._change(fleet, 0.0)
 
     @staticmethod
     def _change(fleet: Fleet, pace: float, *, proving: bool = False) -> None:
         fleet.paced += 1
         fleet.pace, fleet.proving = pace, proving
         fleet.peak = fleet.streak = fleet.pace_cuts = fleet.pace_taken = fleet.pace_refused = 0
-        fleet.look_taken = fleet.look_refused = fleet.pace_calls = 0
+        fleet.look_taken = fleet.look_refused = fleet.pace_calls = fleet.pace_fails = 0
         fleet.share = 0.0
 
     def _slow_down(self, fleet: Fleet, now: float) -> None:

@@ -71,6 +71,9 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     arguments: tuple[str, ...] = ()
     files: dict[str, bytes] = {}
     """Relative name to content, laid into the scratch folder before the start."""
+    names: str = ""
+    """Python text whose names the program finds, as if it began with it. It costs every program its time, but for those
+    of a slot that was started with this very text: it ran there once, and its names are like built-in ones."""
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

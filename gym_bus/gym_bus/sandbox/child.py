@@ -102,12 +102,17 @@ class _Stderr(io.RawIOBase):
 _main = types.ModuleType("__main__")
 
 
-def prepare() -> None:
-    """Make, in the zygote, what every program needs."""
+def prepare(names: str) -> None:
+    """Make, in the zygote, what every program needs; what `names`, a text, defines is as if built in."""
     sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Stderr()), errors="backslashreplace", line_buffering=True)
     _main.__dict__.update(__builtins__=builtins, __file__="main.py")
     sys.modules["__main__"] = _main
     sys.argv, sys.orig_argv = ["main.py"], ["main.py"]
+    if names:
+        found: dict[str, Any] = {}
+        exec(names, found)
+        # Not into the module: a program's first look at a page of five hundred names would copy it.
+        _main.__dict__["__builtins__"] = {**builtins.__dict__, **found, "__builtins__": builtins}
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # or a program interrupts what it cannot kill
     for kind, value in (
         (resource.RLIMIT_NOFILE, LAST_FD),

@@ -19,7 +19,7 @@ import tempfile
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -137,10 +137,21 @@ class Socket:
 class Zygote:
     """The process of a slot."""
 
+    boot: ClassVar[str] = _BOOT
+    """What its interpreter runs."""
+
     def __init__(
-        self, preload: str, modules: Sequence[str] = (), *, tools: bool = False, level: Level = Level.NAMESPACES
+        self,
+        preload: str,
+        modules: Sequence[str] = (),
+        *,
+        names: str = "",
+        tools: bool = False,
+        level: Level = Level.NAMESPACES,
     ) -> None:
         self._preload, self._modules, self._tools, self.level = preload, tuple(modules), tools, level
+        self.names = names
+        """Text whose names its programs find."""
         self.disk_bytes = DEFAULT_LIMITS.disk_bytes
         """Of the scratch folder of the next process that is started."""
         self._scratch = ""
@@ -176,7 +187,7 @@ class Zygote:
         self.group = MemoryGroup.create()
         try:
             with theirs:
-                self._process = _launch(theirs, self._settings() | self._outside())
+                self._process = _launch(self.boot, theirs, self._settings() | self._outside())
             if self.group:
                 self.group.add(self._process.pid)
             await self._handshake()
@@ -191,6 +202,7 @@ class Zygote:
             "interpreter": sys.base_prefix,
             "preload": self._preload,
             "modules": list(self._modules),
+            "names": self.names,
             "module_paths": sorted({_root_of(name) for name in self._modules}),
             "disk_bytes": max(mmap.PAGESIZE, self.disk_bytes),  # 0 would be no limit to the kernel
             "forks": self.group is not None,
@@ -328,11 +340,11 @@ async def _remove_group(group: MemoryGroup) -> None:
         await asyncio.sleep(0.02)
 
 
-def _launch(control: socket.socket, settings: dict[str, Any]) -> subprocess.Popen[bytes]:
+def _launch(boot: str, control: socket.socket, settings: dict[str, Any]) -> subprocess.Popen[bytes]:
     source_root = str(Path(__file__).resolve().parents[2])
     interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     # The interpreter's own start: isolated, no site packages, nothing of our environment.
-    command = [interpreter, "-I", "-S", "-E", "-X", "utf8", "-c", _BOOT, str(control.fileno()), json.dumps(settings)]
+    command = [interpreter, "-I", "-S", "-E", "-X", "utf8", "-c", boot, str(control.fileno()), json.dumps(settings)]
     return subprocess.Popen(
         [*command, source_root],
         stdin=subprocess.DEVNULL,

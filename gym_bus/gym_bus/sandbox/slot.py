@@ -81,8 +81,10 @@ def _streams(stdin: bytes, limits: Limits) -> Iterator[_Streams]:
 class _Packed:
     """A program as its process reads it: the source, then arguments and files where there are any."""
 
-    def __init__(self, program: Program, language: languages.Language | None) -> None:
+    def __init__(self, program: Program, language: languages.Language | None, known: str) -> None:
         files, source = program.files, program.source
+        if program.names not in ("", known):
+            source = program.names.encode() + b"\n" + source
         header: dict[str, object] = {}
         if language is not None:
             files, source = {**files, language.file: source}, b""
@@ -100,9 +102,9 @@ class _Packed:
 class Slot:
     """One place to run programs, isolated from the host and from each other; implements `Sandbox`."""
 
-    def __init__(self, preload: str = zygote.PRELOAD, modules: Sequence[str] = ()) -> None:
-        self._preload, self._modules = preload, tuple(modules)
-        self._zygote = Zygote(preload, modules)
+    def __init__(self, preload: str = zygote.PRELOAD, modules: Sequence[str] = (), names: str = "") -> None:
+        self._preload, self._modules, self._names = preload, tuple(modules), names
+        self._zygote = Zygote(preload, modules, names=names)
         self._partner: Zygote | None = None
         self._tools: Zygote | None = None
         self._lock = asyncio.Lock()
@@ -112,20 +114,26 @@ class Slot:
 
     @classmethod
     async def start(
-        cls, preload: str = zygote.PRELOAD, modules: Sequence[str] = (), *, least: Level = Level.NAMESPACES
+        cls,
+        preload: str = zygote.PRELOAD,
+        modules: Sequence[str] = (),
+        *,
+        names: str = "",
+        least: Level = Level.NAMESPACES,
     ) -> Slot:
         """A slot that is ready.
 
         Args:
             preload: modules of the standard library to have imported before any program, space-separated.
             modules: modules of the caller's that programs may import; they may use the standard library only.
+            names: text whose names programs find without paying for it; see `Program.names`. It is the caller's own.
             least: the lowest level that will do where the machine does not give the highest.
 
         Raises:
             SandboxRefused: this machine does not give `least`; the message says what failed and what would mend it.
             SandboxError: it does not start for another reason.
         """
-        slot = cls(preload, modules)
+        slot = cls(preload, modules, names)
         try:
             slot._facts = _facts(await slot._first(least))
             await slot._self_test()
@@ -266,7 +274,7 @@ class Slot:
                 raise UsageError(f"only Python programs can be joined, not {program.language}")
         async with self._lock:
             if self._partner is None:
-                self._partner = Zygote(self._preload, self._modules, level=self.level)
+                self._partner = Zygote(self._preload, self._modules, names=self._names, level=self.level)
             first, second = await self._ready(self._zygote, limits), await self._ready(self._partner, limits)
             a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             outcomes = await asyncio.gather(
@@ -285,7 +293,7 @@ class Slot:
         self, where: Zygote, program: Program, stdin: bytes, limits: Limits, joined: int | None = None
     ) -> Outcome:
         with _streams(stdin, limits) as streams:
-            packed = _Packed(program, None)
+            packed = _Packed(program, None, where.names)
             sent = [packed.fd, *([joined] if joined is not None else [])]
             try:
                 where.bound(limits.memory_bytes)
@@ -359,7 +367,7 @@ class _Batch:
         return False
 
     def _send(self, theirs: socket.socket, streams: _Streams) -> None:
-        packed = _Packed(self._program, self._language)
+        packed = _Packed(self._program, self._language, self._where.names)
         try:
             self._where.bound(self._limits.memory_bytes)
             order = _order(child.CASES, self._limits, self._where, self._language, packed.sizes)

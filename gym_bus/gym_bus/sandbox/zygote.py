@@ -95,7 +95,7 @@ def _namespaces(control: _socket.socket, config: dict[str, Any]) -> child.Place:
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     syscalls.drop_bounding_set()
     syscalls.set_capabilities(_KEPT)
-    _lock_in(root.SCRATCH, seccomp.build(forks=config["forks"]))
+    _lock_in(root.SCRATCH, config["names"], seccomp.build(forks=config["forks"]))
     return child.Place(1 if ids else None)
 
 
@@ -123,7 +123,7 @@ def _landlock(config: dict[str, Any]) -> child.Place:
         place.tasks = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
     landlock.enter(own)
     os.close(own)
-    _lock_in(scratch, seccomp.build(forks=False, apart=False))
+    _lock_in(scratch, config["names"], seccomp.build(forks=False, apart=False))
     return place
 
 
@@ -157,13 +157,13 @@ def _wait_for_ids(control: _socket.socket) -> bool:
     return bool(reply["ids"])
 
 
-def _lock_in(scratch: str, code: bytes) -> None:
+def _lock_in(scratch: str, names: str, code: bytes) -> None:
     """What both levels share, the filter last."""
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
     os.environ.clear()
     os.environ.update({"HOME": scratch, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TMPDIR": scratch})
-    child.prepare()
+    child.prepare(names)
     seccomp.install(code)
     import gc
 

@@ -64,6 +64,10 @@ class SandboxedVerifier(Protocol):
 
         preload: ClassVar[str] = "datetime random"
 
+    One whose programs all begin with the same text (`Program.names`) has it run but once:
+
+        names: ClassVar[str] = "from math import *"
+
     One whose programs together may take longer than `verifier.limit_s` says how long, by their own limits:
 
         def longest_s(self, task: Task) -> float: ...

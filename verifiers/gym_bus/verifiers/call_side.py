@@ -14,12 +14,16 @@ NOT_COMPILED = "not compiled"
 """In place of a result, which it cannot be taken for: it is no JSON."""
 
 
-def main(source: str, function: str, nonce: str) -> None:
-    """Read JSON arguments, one per line, call, write the JSON result; what the solution prints goes nowhere."""
+def main(source: str, function: str, nonce: str, found: dict[str, Any]) -> None:
+    """Read JSON arguments, one per line, call, write the JSON result; what the solution prints goes nowhere.
+
+    `found` holds the names that the solution finds.
+    """
     result_fd = os.dup(1)
     os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
     arguments = [json.loads(line) for line in sys.stdin.read().split("\n") if line.strip()]
-    names: dict[str, Any] = {"__name__": "solution"}
+    names: dict[str, Any] = {**found, "__name__": "solution"}
+    del names["main"]
     try:
         code = compile(source, "solution.py", "exec", dont_inherit=True)
     except Exception as e:

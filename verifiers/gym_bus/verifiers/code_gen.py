@@ -85,6 +85,7 @@ class CodeGen:
     placement: ClassVar[Placement] = Placement.SANDBOXED
     preload: ClassVar[str] = "datetime io random statistics"
     """What else `PRELUDE` imports, which would take four times as long as the rest of a small program."""
+    names: ClassVar[str] = PRELUDE
     required: ClassVar[tuple[str, ...]] = ("verifier_metadata",)
 
     def __init__(self, **options: Any) -> None:
@@ -114,7 +115,8 @@ class CodeGen:
         return _verdict(reward, code, "none" if passed else _reason(outcomes[-1], results[-1]), results, outcomes)
 
     async def _programs(self, code: str, tests: _Tests, sandbox: Sandbox) -> tuple[list[Any], list[Outcome]]:
-        program = Program(source=_bytes(PRELUDE + code))
+        source, names = _behind_prelude(code)
+        program = Program(source=_bytes(source), names=names)
         results: list[Any] = []
 
         def go_on(case: int, outcome: Outcome) -> bool:
@@ -129,7 +131,9 @@ class CodeGen:
         self, code: str, tests: _Tests, function: str, sandbox: Sandbox
     ) -> tuple[list[Any], list[Outcome]]:
         nonce = secrets.token_hex(8)
-        call = f"from gym_bus.verifiers.call_side import main\nmain({PRELUDE + code!r}, {function!r}, {nonce!r})\n"
+        source, names = _behind_prelude(code)
+        call = f"from gym_bus.verifiers.call_side import main\nmain({source!r}, {function!r}, {nonce!r}, globals())\n"
+        program = Program(source=_bytes(call), names=names)
         results: list[Any] = []
 
         def go_on(case: int, outcome: Outcome) -> bool:
@@ -137,8 +141,13 @@ class CodeGen:
             return results[-1] is True
 
         inputs = [_bytes(text) for text in tests.inputs]
-        outcomes = await sandbox.run_cases(Program(source=_bytes(call)), inputs, self._limits, go_on=go_on)
+        outcomes = await sandbox.run_cases(program, inputs, self._limits, go_on=go_on)
         return results, [_call_outcome(outcome, nonce) for outcome in outcomes[: len(results)]]
+
+
+def _behind_prelude(code: str) -> tuple[str, str]:
+    """Source and names; what has to be the first line of a program does not compile, as in that harness."""
+    return (PRELUDE + code, "") if "__future__" in code else (code, PRELUDE)
 
 
 def _bytes(text: str) -> bytes:

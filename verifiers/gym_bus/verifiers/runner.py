@@ -121,7 +121,7 @@ class VerifierRunner:
     def __init__(self, sandbox_level: str = "namespaces") -> None:
         self._level = sandbox_level
         self._verifiers: OrderedDict[tuple[str, bytes], AnyVerifier] = OrderedDict()
-        self._slots: dict[str, Any] = {}
+        self._slots: dict[tuple[str, str], Any] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def batch(self, checks: bytes) -> bytes:
@@ -150,24 +150,25 @@ class VerifierRunner:
         return cast(Verifier, verifier).verify(task)
 
     async def _judge_sandboxed(self, verifier: SandboxedVerifier, task: Task) -> Verdict:
-        slot = await self._slot(getattr(verifier, "preload", ""))
+        slot = await self._slot(getattr(verifier, "preload", ""), getattr(verifier, "names", ""))
         if not slot.level.reaches(least := demanded_level(verifier, self._level)):
             raise SandboxRefused(
                 f"{type(verifier).__name__} demands level {least}, this machine gives {slot.level}: {slot.lowered}"
             )
         return await verifier.verify(task, slot)
 
-    async def _slot(self, preload: str) -> Any:
-        """The slot whose programs find the modules of `preload` imported: each costs all of them, so there are two."""
-        if preload not in self._slots:
+    async def _slot(self, preload: str, names: str) -> Any:
+        """The slot whose programs find the modules of `preload` imported, and `names`: others' programs pay nothing."""
+        key = (preload, names)
+        if key not in self._slots:
             from gym_bus.sandbox import zygote
             from gym_bus.sandbox.protections import Level
             from gym_bus.sandbox.slot import Slot
 
-            self._slots[preload] = await Slot.start(
-                f"{zygote.PRELOAD} {preload}", modules=SANDBOX_MODULES, least=Level(self._level)
+            self._slots[key] = await Slot.start(
+                f"{zygote.PRELOAD} {preload}", modules=SANDBOX_MODULES, names=names, least=Level(self._level)
             )
-        return self._slots[preload]
+        return self._slots[key]
 
     def _run(self, work: Any) -> Any:
         if self._loop is None:

@@ -15,9 +15,10 @@ import msgspec
 import psutil
 
 from gym_bus.messages import Verdict
-from gym_bus.sandbox import zygote
 from gym_bus.sandbox.api import Program
+from gym_bus.sandbox.owner import Zygote
 from gym_bus.sandbox.slot import Slot
+from gym_bus.sandbox.zygote import PRELOAD
 from gym_bus.settings import RayConfig, VerifierConfig
 from gym_bus.verifiers.service import VerifierService
 
@@ -27,32 +28,26 @@ CASES = 20
 WARM_UP = 30
 IN_FLIGHT = 128
 
-_FORKS = """
-import os, sys
-for name in sys.argv[1].split():
-    __import__(name)
-source, count = sys.argv[2].encode(), int(sys.argv[3])
-def once():
-    stdin, stdout = os.memfd_create("in"), os.memfd_create("out")
-    os.write(stdin, b"41\\n")
-    os.lseek(stdin, 0, 0)
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(stdin, 0)
-        os.dup2(stdout, 1)
-        exec(compile(source, "main.py", "exec"), {"__name__": "__main__"})
-        sys.stdout.flush()
-        os._exit(0)
-    os.waitpid(pid, 0)
-    assert os.pread(stdout, 10, 0) == b"42\\n"
-    os.close(stdin)
-    os.close(stdout)
-import time
-for _ in range(30): once()
-started = time.monotonic()
-for _ in range(count): once()
-print(time.monotonic() - started)
+_BARE = """
+import sys; sys.path.insert(0, sys.argv[3])
+from gym_bus.sandbox import child, syscalls, zygote
+
+def place(control, config):
+    child.prepare("")
+    return child.Place(None, "/")
+
+clone = syscalls.clone
+syscalls.clone = lambda flags=0: clone()
+child._become_nobody = lambda user: None
+zygote._namespaces, zygote._clean = place, lambda place: True
+zygote.main()
 """
+
+
+class Bare(Zygote):
+    """The same zygote without namespaces, another user, dropped capabilities, filter and scratch folder."""
+
+    boot = _BARE
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +70,7 @@ class SandboxReport(msgspec.Struct, frozen=True, kw_only=True):
     times_plain: float
     """Programs a second of one slot, over those of `python -I -S -E` processes in the same run."""
     isolation_share: float
-    """What isolation adds to the time of a program, over a warmed interpreter that forks without any."""
+    """What isolation adds to the median time of a program, over the same slot without it."""
 
 
 async def _timed(do: Callable[[], Awaitable[None]], count: int) -> tuple[float, list[float]]:
@@ -157,11 +152,20 @@ def subprocesses(name: str, command: list[str], count: int) -> Rate:
     return _rate(name, time.monotonic() - started, sorted(times))
 
 
-def forks(count: int) -> Rate:
-    """A warmed interpreter that forks for each program and isolates nothing."""
-    command = [_interpreter(), "-I", "-S", "-E", "-c", _FORKS, zygote.PRELOAD, SOURCE, str(count)]
-    elapsed_s = float(subprocess.run(command, capture_output=True, check=True).stdout)
-    return Rate(name="warmed fork without isolation", per_s=count / elapsed_s)
+async def without_isolation(count: int) -> Rate:
+    """Single programs in a slot that isolates nothing; for comparison alone."""
+    slot = Slot()
+    slot._zygote = Bare(PRELOAD)
+    await slot._zygote.start()
+    program = Program(source=SOURCE.encode())
+
+    async def single() -> None:
+        assert (await slot.run(program, STDIN)).stdout == STDOUT
+
+    try:
+        return _rate("the same slot without isolation", *await _timed(single, count))
+    finally:
+        await slot.close()
 
 
 def _interpreter() -> str:
@@ -210,8 +214,7 @@ async def measure_sandbox(count: int = 600, *, pools: bool = True) -> SandboxRep
     if bwrap := shutil.which("bwrap"):
         jail = [bwrap, "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", *plain]
         rates.append(await asyncio.to_thread(subprocesses, "bwrap and python -I -S -E", jail, count // 6))
-    rates.append(await asyncio.to_thread(forks, count))
-    forked = rates[-1]
+    rates.append(bare := await without_isolation(count))
     if pools:
         rates += [await through_pool(2 * count, "local"), await through_pool(2 * count, "ray")]
     return SandboxReport(
@@ -219,5 +222,5 @@ async def measure_sandbox(count: int = 600, *, pools: bool = True) -> SandboxRep
         slot_start_ms=start_ms,
         slot_mb=slot_mb,
         times_plain=single.per_s / rates[3].per_s,
-        isolation_share=forked.per_s / single.per_s - 1.0,
+        isolation_share=(single.p50_ms or 0.0) / (bare.p50_ms or 1.0) - 1.0,
     )
