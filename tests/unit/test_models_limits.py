@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from fleet_simulation import Endpoint, Simulation, constant, exponential
+from fleet_simulation import Bucket, Endpoint, Simulation, Window, constant, exponential
 
 from gym_bus.models.fleet import Fleet, Member, Partner, fair_places, fair_rates
 from gym_bus.models.throttle import RAMP_FLOOR, Backoff, End, Throttle
@@ -108,6 +108,23 @@ def test_refusals_at_random_do_not_hold_the_work_up(noise: float, workers: int) 
     fleet.run(10.0)
 
     assert fleet.run(60.0).taken_per_s >= 0.9 * 200
+
+
+@pytest.mark.parametrize("retry_after_s", [None, 1.0])
+@pytest.mark.parametrize("workers", [1, 4, 16])
+@pytest.mark.parametrize("counted", [Bucket, Window])
+def test_an_endpoint_that_counts_the_calls_of_a_second_is_put_to_use(
+    counted: type[Bucket | Window], workers: int, retry_after_s: float | None
+) -> None:
+    endpoint = counted(64, exponential(0.5))
+    endpoint.retry_after_s = retry_after_s
+    fleet = Simulation(endpoint, workers, 128 // workers + 4)
+    fleet.run(10.0)
+
+    load = fleet.run(70.0)
+
+    assert load.taken_per_s >= 0.7 * 64  # a limit on calls in flight fits badly: calls do not begin evenly
+    assert load.refused_share < 0.06
 
 
 def test_a_refusal_counts_when_the_next_call_is_refused_too() -> None:

@@ -40,34 +40,14 @@ PRESSED = 0.97
 """Part of the places that must be taken before there are more: the last raise shows what it does only then."""
 MOST_RAISE = 0.05
 """Of the limit, in one raise. Raises double while they are found good."""
-PACE_RAISE, MOST_PACE_RAISE = 0.01, 0.25
-"""Of the pace, in one raise."""
-PACE_PROOF_S = 1.2
-"""Between two raises of the pace: endpoints count the calls of a second."""
-PACE_KEPT, PACE_CUT = 0.98, 0.5
-"""What is left of a pace at which calls are refused: at most and at least."""
-PACE_DOUBT = 5
-"""Calls that count as taken, so that a single refusal is no large share."""
+PACE_RAISE = 0.01
+PACE_PROOF = 3.0
+"""Calls by which a raised pace must have gone beyond the one before, to be found good."""
+PACE_KEPT = 0.97
+LONG_S = 10.0
 LEAST_PACE = 1.0
 SPARE_PACE = 0.1
-PACE_AFTER_S = 2.0
-"""With a limit on places, before a pace is tried instead; four times as long after every time in vain."""
-SETTLED_S = 3.0
-BURST, BURST_CALLS = 3, 100
-PACE_TRIAL_S = 4.0
-"""Beside two calls' time, for that."""
-PACE_TRIAL_CUTS = 4
-PACE_TRIAL_CALLS = 200
-BEYOND = 1.1
-"""Calls in flight, of the limit, that show that it is none."""
-SPREAD_S, SOON_S = 0.6, 0.1
-"""In which all members, and a single one, have heard of a new pace."""
-SICK, WELL, ILL = 0.02, 0.01, 0.05
-PACE_FIRST = 1.05
-PACE_FAILS = 3
-AS_MUCH = 0.93
-PLENTY = 1 << 30
-"""Places, where there is a pace instead."""
+PACE_HALF = 0.5
 LEAST_PART = 4.0
 """Calls per second of one member: many that call now and then do not make an even stream."""
 LOOK_REFUSED, LOOK_CALLS = 8, 400
@@ -85,7 +65,7 @@ ALIKE = 0.5
 NOISE_MARGIN = 1.5
 NOISE_SMOOTHING = 0.2
 MOST_NOISE = 0.35
-RATE_S = 1.0
+RATE_S = 2.0
 """The time over which rates are taken."""
 START_S = 0.15
 """Between two processes that begin with an endpoint of which nothing is known."""
@@ -134,32 +114,12 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Calls refused since."""
     raise_explained: int = 0
     """Those of them that it explains: as many of its places were too many."""
+    best_rate: float = 0.0
+    """Calls taken per second at best since there is a pace."""
+    good_pace: float = 0.0
+    """The pace before its last raise; 0 where there was none."""
     since_raise: int = 0
     """Calls taken since."""
-    peak: float = 0.0
-    """Calls taken per second at best, while there is no pace."""
-    paced: int = 0
-    """Counts changes between places and pace."""
-    proving: bool = False
-    """Whether it is being tried if a pace does better than places."""
-    vain: int = 0
-    """How often that was so in vain."""
-    troubled: bool = False
-    burst: float = 0.0
-    share: float = 0.0
-    """Of the calls that are refused, smoothed."""
-    before: tuple[float, float] = (0.0, 0.0)
-    """That and the calls taken per second, before a pace was tried."""
-    in_flight: float = 0.0
-    """Calls, smoothed."""
-    rate: float = 0.0
-    pace_calls: int = 0
-    """Taken since a pace is tried."""
-    pace_cuts: int = 0
-    pace_fails: int = 0
-    pace_taken: int = 0
-    pace_refused: int = 0
-    """Calls since the pace was changed."""
     refused: int = 0
     """Counts refusals."""
     lowered: int = 0
@@ -183,14 +143,14 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
         if self.limit is None:
             return False
         others = [member for name, member in self.members.items() if name != giver]
-        if self.pace:
-            free_pace = self.pace - sum(member.pace for member in self.members.values())
-            return free_pace > SPARE_PACE * self.pace and any(member.wants for member in others)
         free = self.limit - sum(member.places for member in self.members.values())
-        return free >= 1 and any(member.wants > member.places for member in others)
+        pace = self.pace - sum(member.pace for member in self.members.values())
+        if free >= 1 and any(member.wants > member.places for member in others):
+            return True
+        return pace > SPARE_PACE * self.pace and any(member.wants for member in others)
 
 
-_WATCHED = ("begun", "raised", "refused", "lowered", "paced", "turn")
+_WATCHED = ("begun", "raised", "refused", "lowered", "turn")
 
 
 class _Watch:
@@ -254,12 +214,8 @@ class Partner:
             self._with_limit(fleet, me)
         fleet.members[self._name] = me
         self._account(fleet, me, now)
-        if not fleet.pace:
-            self._look(fleet)
-        raised = 0
-        if fleet.limit is not None and fleet.trial is None:
-            self._choose(fleet, me, waiting, now)
-            raised = self._raise(fleet, now) if waiting else 0
+        self._look(fleet)
+        raised = self._raise(fleet, now) if waiting and fleet.limit is not None and fleet.trial is None else 0
         self._share(fleet, me, raised, now)
         if not staying:
             del fleet.members[self._name]
@@ -329,7 +285,6 @@ class Partner:
             fleet.limit = max(1, me.places + sum(member.places for member in fleet.members.values()))
             self._raised(fleet, fleet.limit)  # what is refused now is the doing of the ramp
             fleet.streak = fleet.look_taken = fleet.look_refused = 0
-            fleet.paced += 1
 
     def _first_calls(self, fleet: Fleet, now: float) -> int:
         """Calls that may be made at an endpoint of which nothing is known; one process begins after the other."""
@@ -361,20 +316,11 @@ class Partner:
         fleet.refused += due.refused
         explained = self._explained(fleet, now) if due.odd else 0
         fleet.look_taken += due.taken
-        if not (fleet.vain and self._age_s(fleet, "paced", now) < 1.0):
-            fleet.look_refused += due.odd - explained
-        kept = max(0.0, 1 - (due.taken + due.odd) / BURST_CALLS)
-        fleet.burst = fleet.burst * kept + due.odd - explained
+        fleet.look_refused += due.odd - explained
         noisy = fleet.noise >= TROUBLE  # single refusals say nothing then
         covered = due.odd - explained if noisy else min(due.odd - explained, int(fleet.budget))
-        settling = fleet.proving or (fleet.vain and not fleet.pace and self._age_s(fleet, "paced", now) < 1.0)
-        if not settling:
-            fleet.budget = max(0.0, fleet.budget - CALLS_PER_FINDING * due.odd)
-        if fleet.pace:
-            self._slow_down(fleet, now)
-        elif fleet.limit is not None and fleet.trial is None and not (
-            fleet.vain and self._age_s(fleet, "paced", now) < 1.0
-        ):
+        fleet.budget = max(0.0, fleet.budget - CALLS_PER_FINDING * due.odd)
+        if fleet.limit is not None and not fleet.pace and fleet.trial is None:
             self._lower(fleet, me, due.odd - covered)
 
     def _lower(self, fleet: Fleet, me: Member, places: int) -> None:
@@ -393,6 +339,10 @@ class Partner:
         beyond = min(int(fleet.raise_refused - usual) - fleet.raise_explained, self._due.odd)
         if beyond <= 0:
             return 0
+        if fleet.good_pace and fleet.since_raise < 2 * PACE_PROOF / PACE_RAISE:
+            fleet.pace, fleet.good_pace = PACE_KEPT * fleet.good_pace, 0.0
+            fleet.streak = 0
+            return beyond
         if self._age_s(fleet, "raised", now) >= EXPLAINED_S:
             return 0
         explained = min(beyond, fleet.raise_places - fleet.raise_explained)
@@ -423,19 +373,19 @@ class Partner:
         if share < fleet.noise:
             fleet.noise += (share - fleet.noise) * NOISE_SMOOTHING
         elif TROUBLE + NOISE_MARGIN * fleet.noise < share < CLOSED:
-            if fleet.limit is None:
-                self._try_less(fleet, share)
-            elif fleet.vain % 2:
-                self._try_less(fleet, share)
-                fleet.vain += 1
-            else:
-                fleet.troubled = True
+            self._try_less(fleet, share, taken)
 
-    def _try_less(self, fleet: Fleet, share: float) -> None:
+    def _try_less(self, fleet: Fleet, share: float, taken: int) -> None:
         places = fleet.limit or max(1, sum(member.places for member in fleet.members.values()))
-        if fleet.limit is None:  # as many as there are, first: they are what it takes, found by several at a time
+        rate = _rate_of(fleet)
+        if fleet.pace:
+            fleet.best_rate = max(fleet.best_rate, rate)
+            fleet.pace = max(LEAST_PACE, PACE_HALF * fleet.best_rate, fleet.pace * (1 - share))
+        elif fleet.limit is None:  # as many as there are, first: they are what it takes, found by several at a time
             fleet.limit = places
             self._raised(fleet, places)
+        elif places == 1 and self._throttle.quick and taken:  # it is not their number: it counts calls per second
+            fleet.pace, fleet.limit, fleet.best_rate = max(LEAST_PACE, PACE_KEPT * rate), len(fleet.members), rate
         elif places > 1:
             fleet.trial = (places, share, 1)
             fleet.limit = max(1, int(TRIED * places))
@@ -451,79 +401,6 @@ class Partner:
         else:  # nobody is served by waiting
             fleet.limit, fleet.noise = None, min(share, before)
 
-    # -- a pace instead of places --------------------------------------------------------------------------------------
-
-    def _choose(self, fleet: Fleet, me: Member, waiting: int, now: float) -> None:
-        """Try whether the endpoint counts the calls of a second: with a pace it takes more of them at a time then."""
-        since_s = self._age_s(fleet, "paced", now)
-        due, count = self._due, len(fleet.members)
-        if not fleet.pace and since_s < SETTLED_S + self._throttle.mean_s:
-            due = Tally(due.taken)
-        fleet.share += (due.refused - fleet.share * (due.taken + due.refused)) / PACE_TRIAL_CALLS
-        fleet.share = min(1.0, max(0.0, fleet.share))
-        rate = _rate_of(fleet)
-        fleet.rate += (rate - fleet.rate) / (8 * count)
-        if not fleet.pace:
-            fleet.peak = max(fleet.peak, rate)
-            fleet.pace_calls += due.taken if since_s >= SETTLED_S + self._throttle.mean_s else 0
-            sick = since_s >= SETTLED_S and (fleet.troubled or fleet.burst >= BURST)
-            after_s = PACE_AFTER_S * 4 ** min(fleet.vain, 2)
-            if sick and waiting and fleet.peak and since_s >= (min(after_s, 15.0) if sick else after_s):
-                fleet.before = max(fleet.share, SICK), fleet.rate
-                fleet.troubled = False
-                fleet.budget = 0.0
-                self._change(fleet, max(LEAST_PACE, PACE_FIRST * fleet.rate), proving=True)
-                fleet.burst = 0.0
-                fleet.in_flight = 0.9 * (fleet.limit or 0)
-            return
-        fleet.pace_calls += due.taken
-        fleet.pace_fails += due.odd
-        busy = sum(member.busy for member in fleet.members.values())
-        fleet.in_flight += (busy - fleet.in_flight) / (4 * count)
-        if fleet.proving:
-            share, rate = fleet.before
-            beyond = fleet.in_flight > BEYOND * (fleet.limit or 0) + 1
-            better = share > SICK and fleet.pace_calls >= PACE_TRIAL_CALLS and fleet.rate > AS_MUCH * rate
-            if fleet.share < WELL + share / 4 and (beyond or better):
-                fleet.proving, fleet.vain = False, 0
-            elif (fleet.pace_cuts > PACE_TRIAL_CUTS if share else fleet.pace_fails >= PACE_FAILS) or (
-                since_s > PACE_TRIAL_S + 2 * self._throttle.mean_s
-                and (share < SICK or fleet.pace_calls > 2 * PACE_TRIAL_CALLS)
-            ):
-                fleet.vain += 1
-                self._change(fleet, 0.0)
-        elif fleet.share > ILL:
-            self._change(fleet, 0.0)
-
-    @staticmethod
-    def _change(fleet: Fleet, pace: float, *, proving: bool = False) -> None:
-        fleet.paced += 1
-        fleet.pace, fleet.proving = pace, proving
-        fleet.peak = fleet.streak = fleet.pace_cuts = fleet.pace_taken = fleet.pace_refused = 0
-        fleet.look_taken = fleet.look_refused = fleet.pace_calls = fleet.pace_fails = 0
-        fleet.share = 0.0
-
-    def _slow_down(self, fleet: Fleet, now: float) -> None:
-        """What was refused at this pace is what it is too fast by."""
-        spread_s = SPREAD_S if fleet.members.keys() - {self._name} else SOON_S
-        if min(self._age_s(fleet, "lowered", now), self._age_s(fleet, "paced", now)) < spread_s:
-            return
-        fleet.pace_taken += self._due.taken
-        fleet.pace_refused += self._due.odd
-        taken, refused = fleet.pace_taken, fleet.pace_refused
-        if self._due.odd and taken and refused > 2 * fleet.noise * taken:
-            left = (taken + PACE_DOUBT) / (taken + PACE_DOUBT + refused)
-            fleet.pace = max(LEAST_PACE, fleet.pace * PACE_KEPT * max(PACE_CUT, left))
-            fleet.lowered += 1
-            fleet.pace_cuts += 1
-            fleet.streak = fleet.pace_taken = fleet.pace_refused = 0
-
-    def _speed_up(self, fleet: Fleet, now: float) -> None:
-        if self._age_s(fleet, "raised", now) >= PACE_PROOF_S and self._throttle.pace:
-            fleet.pace *= 1 + min(PACE_RAISE * 2**fleet.streak, MOST_PACE_RAISE)
-            fleet.pace_taken = fleet.pace_refused = 0
-            self._raised(fleet, 0)
-
     # -- raising the limit, sharing it ---------------------------------------------------------------------------------
 
     def _raise(self, fleet: Fleet, now: float) -> int:
@@ -531,18 +408,21 @@ class Partner:
         calm = self._age_s(fleet, "lowered", now) >= QUIET_S and self._age_s(fleet, "raised", now) >= RAISE_S
         if not calm or fleet.limit is None:
             return 0
-        back = not fleet.pace and fleet.limit < BACK * fleet.high  # it had more before it took nothing for a while
+        back = fleet.limit < BACK * fleet.high  # it had more before it took nothing for a while
         if not (back or fleet.streak or fleet.budget >= CALLS_PER_FINDING):
             return 0
-        if fleet.pace:
-            self._speed_up(fleet, now)
-        elif sum(member.busy for member in fleet.members.values()) >= PRESSED * fleet.limit:
+        if sum(member.busy for member in fleet.members.values()) >= PRESSED * fleet.limit:
             if not back:
                 fleet.high = fleet.limit
             step = max(1, fleet.limit // 2) if back else min(2**fleet.streak, max(1, int(MOST_RAISE * fleet.limit)))
             fleet.limit += step
             self._raised(fleet, step)
             return step
+        if fleet.pace and self._throttle.busy < (self._throttle.places or 0):
+            share = min(PACE_RAISE * 2**fleet.streak, MOST_RAISE)
+            if fleet.since_raise >= PACE_PROOF / share or self._age_s(fleet, "refused", now) >= LONG_S:
+                self._raised(fleet, 0)
+                fleet.good_pace, fleet.pace = fleet.pace, fleet.pace * (1 + share)
         return 0
 
     @staticmethod
@@ -550,21 +430,16 @@ class Partner:
         fleet.raised += 1
         fleet.streak += 1
         fleet.raise_places, fleet.raise_refused, fleet.raise_explained = places, 0, 0
-        fleet.since_raise = 0
+        fleet.good_pace, fleet.since_raise = 0.0, 0
 
     def _share(self, fleet: Fleet, me: Member, raised: int, now: float) -> None:
         self._places = None
         if fleet.limit is None:
             return
         wants = {name: member.wants for name, member in fleet.members.items() if member.wants}
-        streams = max(1, int(fleet.pace / LEAST_PART))
-        scarce = len(wants) > (streams if fleet.pace else fleet.limit)
+        scarce = len(wants) > fleet.limit or (fleet.pace and len(wants) * LEAST_PART > fleet.pace)
         if scarce and self._watch.age_s("turn", fleet.turn, now) >= TURN_S:
             fleet.turn += 1
-        if fleet.pace:
-            self._share_pace(fleet, me, _some(wants, streams, fleet.turn))
-            return
-        me.pace = 0.0
         free = fleet.limit - sum(member.places for member in fleet.members.values())
         fair = fair_places(fleet.limit, wants, fleet.turn).get(self._name, 0)
         if raised:  # whoever raises is short of places, and tries them at once
@@ -574,24 +449,26 @@ class Partner:
         else:
             me.places += max(0, min(fair - me.places, free))
         self._places = me.places if raised else min(fair, me.places)
-
-    def _share_pace(self, fleet: Fleet, me: Member, wants: dict[str, int]) -> None:
-        me.places, self._places = self._throttle.in_flight, PLENTY
-        free = max(0.0, fleet.pace - sum(member.pace for member in fleet.members.values()))
-        fair = fleet.pace * wants.get(self._name, 0) / max(1, sum(wants.values()))
-        me.pace += min(fair - me.pace, free)
+        free_pace = max(0.0, fleet.pace - sum(member.pace for member in fleet.members.values()))
+        fair_pace = fair_rates(fleet.pace, wants, fleet.turn).get(self._name, 0.0)
+        me.pace += min(fair_pace - me.pace, free_pace)
 
 
 def _rate_of(fleet: Fleet) -> float:
     return sum(member.rate for member in fleet.members.values())
 
 
-def _some(wants: dict[str, int], most: int, turn: int) -> dict[str, int]:
-    """At most so many members, others after the next `turn`: few that call evenly, not many that call now and then."""
+def fair_rates(limit: float, wants: dict[str, int], turn: int) -> dict[str, float]:
+    """`limit` calls per second shared out in proportion to what is wanted, where that is enough for an even stream.
+
+    Else some members have it all in equal parts, others after the next `turn`.
+    """
     names = sorted(wants)
-    if most >= len(names):
-        return wants
-    return {(name := names[(turn * most + i) % len(names)]): wants[name] for i in range(most)}
+    some = max(1, int(limit / LEAST_PART))
+    if some >= len(names):
+        total = sum(wants.values())
+        return {name: limit * wanted / total for name, wanted in wants.items()}
+    return {names[(turn * some + i) % len(names)]: limit / some for i in range(some)}
 
 
 def fair_places(limit: int, wants: dict[str, int], turn: int) -> dict[str, int]:

@@ -31,6 +31,7 @@ SLOW_KEPT = 0.7
 SLOW_SHARE = 0.1
 """Of the calls, smoothed, that must time out before it counts as overload: one answer may always be too long."""
 SMOOTHING = 0.05
+QUICK_S, QUICK_CALLS = 0.1, 10
 LATE_S = 0.02
 """A start that is so late is made up for: event loops are."""
 
@@ -130,9 +131,7 @@ class Throttle:
         self._strikes = 0
         self._next_start = float("-inf")
         self._learned = 0
-        self._slow_share = 0.0
-        self.mean_s = 0.0
-        """Seconds of a call, smoothed."""
+        self._mean_s = self._slow_share = 0.0
 
     # -- what the fleet asks and tells ---------------------------------------------------------------------------------
 
@@ -152,6 +151,11 @@ class Throttle:
     def busy(self) -> int:
         """Places that are taken, or not to be used again for a moment."""
         return self.in_flight + len(self._resting)
+
+    @property
+    def quick(self) -> bool:
+        """Whether its calls are so short that one place is more than an endpoint may allow per second."""
+        return self._learned >= QUICK_CALLS and self._mean_s < QUICK_S
 
     def begin(self, calls: int | None = None) -> None:
         """There is no limit: let so many calls in, or as many as before, and more as the endpoint takes them."""
@@ -231,7 +235,7 @@ class Throttle:
 
     def _learn(self, lasted_s: float) -> None:
         self._learned += 1
-        self.mean_s += (lasted_s - self.mean_s) * max(SMOOTHING, 1 / self._learned)
+        self._mean_s += (lasted_s - self._mean_s) * max(SMOOTHING, 1 / self._learned)
         self._slow_share *= 1 - SMOOTHING
 
     def _take(self, ticket: Ticket, now: float) -> None:
@@ -255,13 +259,13 @@ class Throttle:
         frontier = self.places is None and ticket.level > min(self._proven, (self._ceiling or math.inf) - 1)
         if frontier or ticket.probe or self.pace or self._rounds >= ROUNDS_TO_CLOSE:
             most_s = min(MOST_REST_S, self._backoff.first_s)
-            self._resting.append(now + min(max(self.mean_s or most_s, LEAST_REST_S), most_s))
+            self._resting.append(now + min(max(self._mean_s or most_s, LEAST_REST_S), most_s))
             self.tally.odd += not frontier
         else:  # the next call shows whether it was by chance
             self._suspect += 1
         if frontier:
             self._hold(ticket, now)
-        elif self._rounds == ROUNDS_TO_CLOSE and self.in_flight and not self.pace:
+        elif self._rounds == ROUNDS_TO_CLOSE and self.in_flight:
             self._keep(self.in_flight)
         if self._rounds > ROUNDS_TO_CLOSE or (self._rounds == ROUNDS_TO_CLOSE and not self.in_flight):
             wait_s = max(self._backoff.wait_s(self._rounds), min(retry_after_s or 0.0, self._backoff.most_asked_s))
