@@ -216,7 +216,7 @@ def test_a_called_function_gives_its_result_behind_the_nonce(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
 
-    call_side.main(source, "f", "nonce")
+    call_side.main(source, "f", "nonce", {"main": call_side.main})
 
     assert capfd.readouterr().out == f"nonce{result}"
 
