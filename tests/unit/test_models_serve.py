@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,16 +15,20 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from gym_bus.messages import RolloutId
+from gym_bus.models.api import CallInfo
+from gym_bus.models.registry import Models
 from gym_bus.models.replay import ReplayModel
 from gym_bus.models.serve import make_app, serve
 from gym_bus.models.simulated import SimulatedModel
-from gym_bus.settings import Distribution, SimulatedConfig
+from gym_bus.settings import Distribution, ModelConfig, SimulatedConfig
 
 CALL = {"type": "function_call", "id": "fc", "call_id": "a", "name": "add", "arguments": '{"a": 1}'}
 THOUGHT = {"type": "reasoning", "id": "rs", "summary": [{"type": "summary_text", "text": "hm"}]}
 TOOL: dict[str, Any] = {"type": "function_call_output", "call_id": "a", "output": "2"}
 USER: dict[str, Any] = {"role": "user", "content": "1+1?"}
 ASK: list[Any] = [USER]
+INFO = CallInfo(rollout=RolloutId("job", 0, 0), limit_s=10.0)
 
 
 def says(text: str) -> dict[str, Any]:
@@ -67,6 +72,28 @@ async def served(model: ReplayModel | SimulatedModel, **options: Any) -> AsyncIt
 async def chat_text(client: AsyncOpenAI, messages: list[Any], **more: Any) -> str:
     chat = await client.chat.completions.create(model="any", messages=messages, **more)
     return str(chat.choices[0].message.content)
+
+
+@pytest.mark.parametrize("api", ["responses", "chat"])
+async def test_token_ids_and_log_probabilities_travel_over_http_as_in_process(api: str) -> None:
+    model = SimulatedModel(SimulatedConfig(output_tokens=Distribution(mean=40), tokens=True), name="sim")
+    inside = await model.respond({"input": "one two three"}, INFO)
+    runner, port = await serve(make_app(model), "127.0.0.1", 0)
+    at: dict[str, Any] = {"base_url": f"http://127.0.0.1:{port}/v1", "api": api}
+    models = Models({"m": ModelConfig(**at, return_tokens=True)})
+    try:
+        outside = await models.get("m").respond({"input": "one two three"}, INFO)
+    finally:
+        await models.close()
+        await runner.cleanup()
+
+    assert inside.call and outside.call
+    assert (outside.call.token_ids, outside.call.prompt_token_ids) == (
+        inside.call.token_ids,
+        inside.call.prompt_token_ids,
+    )
+    assert len(outside.call.token_ids) == 160
+    assert list(array("f", outside.call.logprobs)) == pytest.approx(list(array("f", inside.call.logprobs)), abs=1e-4)
 
 
 async def test_a_simulated_model_answers_in_both_forms() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
+from typing import NamedTuple
+
 import msgspec
 
-from gym_bus.messages import Usage
+from gym_bus.messages import Call, Usage
 
 _encode = msgspec.json.Encoder().encode
 
@@ -13,8 +16,28 @@ _BEFORE_TEXT = (
     b'"type":"message","role":"assistant","status":"completed","content":[{"type":"output_text","annotations":[],"text":'
 )
 _AFTER_TEXT = (
-    b'}]}],"parallel_tool_calls":true,"tool_choice":"auto","tools":[],"error":null,"incomplete_details":%b,"usage":%b}'
+    b'}]%b}],"parallel_tool_calls":true,"tool_choice":"auto","tools":[],"error":null,"incomplete_details":%b,'
+    b'"usage":%b}'
 )
+
+
+class Tokens(NamedTuple):
+    """Token ids and log-probabilities of one answer, each a JSON list."""
+
+    prompt: bytes
+    sampled: bytes
+    logprobs: bytes
+    """One number per sampled token, natural logarithm."""
+    chat_logprobs: bytes
+    """The same as `logprobs.content` of a chat completion."""
+
+
+def tokens_of(call: Call) -> Tokens:
+    """What a call's packed arrays are in JSON."""
+    ids, logprobs = array("I", call.token_ids), [round(p, 4) for p in array("f", call.logprobs)]
+    content = [{"token": f"token_id:{token}", "logprob": p} for token, p in zip(ids, logprobs, strict=True)]
+    prompt = list(array("I", call.prompt_token_ids))
+    return Tokens(_encode(prompt), _encode(list(ids)), _encode(logprobs), _encode(content))
 
 
 def count_tokens(text: str) -> int:
@@ -37,7 +60,16 @@ def usage_body(usage: Usage) -> bytes:
     )
 
 
-def response_body(*, name: str, model: str, text: str, usage: Usage, created_at: int, truncated: bool = False) -> bytes:
+def response_body(
+    *,
+    name: str,
+    model: str,
+    text: str,
+    usage: Usage,
+    created_at: int,
+    truncated: bool = False,
+    tokens: Tokens | None = None,
+) -> bytes:
     """One assistant message as a Responses object.
 
     Args:
@@ -47,29 +79,46 @@ def response_body(*, name: str, model: str, text: str, usage: Usage, created_at:
         usage: tokens.
         created_at: seconds since the epoch.
         truncated: the output limit was reached.
+        tokens: to be sent along, where NeMo Gym's model servers put them.
     """
+    sampled = (
+        b',"prompt_token_ids":%b,"generation_token_ids":%b,"generation_log_probs":%b' % tokens[:3] if tokens else b""
+    )
     ident = name.encode()
     details = b'{"reason":"max_output_tokens"}' if truncated else b"null"
     status = b"incomplete" if truncated else b"completed"
     return (
         _BEFORE_TEXT % (ident, created_at, status, _encode(model), ident)
         + _encode(text)
-        + _AFTER_TEXT % (details, usage_body(usage))
+        + _AFTER_TEXT % (sampled, details, usage_body(usage))
     )
 
 
-def chat_body(*, name: str, model: str, text: str, usage: Usage, created_at: int, truncated: bool = False) -> bytes:
-    """The same message as a Chat Completions object."""
+def chat_body(
+    *,
+    name: str,
+    model: str,
+    text: str,
+    usage: Usage,
+    created_at: int,
+    truncated: bool = False,
+    tokens: Tokens | None = None,
+) -> bytes:
+    """The same message as a Chat Completions object; tokens are where vLLM puts them."""
+    logprobs = b'{"content":%b},"token_ids":%b' % (tokens.chat_logprobs, tokens.sampled) if tokens else b"null"
+    prompt = b',"prompt_token_ids":%b' % tokens.prompt if tokens else b""
     return (
         b'{"id":"chatcmpl-%b","object":"chat.completion","created":%d,"model":%b,"choices":[{"index":0,"message":'
-        b'{"role":"assistant","content":%b,"refusal":null},"logprobs":null,"finish_reason":"%b"}],"usage":'
+        b'{"role":"assistant","content":%b,"refusal":null},"logprobs":%b,"finish_reason":"%b"}]%b,"usage":'
         b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}'
         % (
             name.encode(),
             created_at,
             _encode(model),
             _encode(text),
+            logprobs,
             b"length" if truncated else b"stop",
+            prompt,
             usage.input_tokens,
             usage.output_tokens,
             usage.total_tokens,

@@ -15,7 +15,7 @@ from aiohttp import web
 from gym_bus.errors import ModelError, RateLimited, RequestRefused
 from gym_bus.messages import Usage
 from gym_bus.models.api import Reply
-from gym_bus.models.body import chat_body, count_tokens, error_body, response_body
+from gym_bus.models.body import Tokens, chat_body, count_tokens, error_body, response_body, tokens_of
 from gym_bus.models.prompts import prompt_text
 from gym_bus.models.replay import ReplayModel
 from gym_bus.models.simulated import SimulatedModel
@@ -24,6 +24,8 @@ MAX_REQUEST_BYTES = 64 * 2**20
 HANG_LIMIT_S = 3600.0
 REMEMBERED = 131_072
 """Rollouts whose calls are counted."""
+KNOWN_TOKENS = 64
+"""Lengths whose tokens are kept as JSON: the server is not what is to be measured."""
 SHUTDOWN_LIMIT_S = 1.0
 
 _request = msgspec.json.Decoder(dict[str, Any])
@@ -50,6 +52,7 @@ class _Server:
         self._model, self._prompts, self._api_key = model, prompts, api_key
         self._calls = itertools.count()
         self._calls_of: OrderedDict[str, int] = OrderedDict()
+        self._known_tokens: dict[tuple[int, int], Tokens | None] = {}
 
     async def responses(self, request: web.Request) -> web.Response:
         return await self._answer(request, chat=False)
@@ -83,7 +86,7 @@ class _Server:
         prompt = prompt_text(given)
         identity = self._identity(request, prompt)
         if isinstance(self._model, SimulatedModel):
-            return await self._simulate(self._model, prompt, identity, chat)
+            return await self._simulate(self._model, prompt, identity, chat, bool(asked.get("return_token_ids")))
         return self._replay(self._model, given, identity, chat)
 
     def _identity(self, request: web.Request, prompt: str) -> _Identity:
@@ -93,17 +96,19 @@ class _Server:
             return _Identity(int(parts[1]), int(parts[2]), int(parts[3]))
         return _Identity(self._prompts.get(prompt) if self._prompts else None, 0, 1)
 
-    async def _simulate(self, model: SimulatedModel, prompt: str, who: _Identity, chat: bool) -> bytes:
+    async def _simulate(
+        self, model: SimulatedModel, prompt: str, who: _Identity, chat: bool, with_tokens: bool
+    ) -> bytes:
         try:
             with model.admitted():
-                return await self._drawn(model, prompt, who, chat)
+                return await self._drawn(model, prompt, who, chat, with_tokens)
         except RateLimited as e:
             wish = {"Retry-After": f"{e.retry_after_s:g}"} if e.retry_after_s else {}
             raise _Refused(429, error_body(e.message, "rate_limit_error", "rate_limit_exceeded"), wish) from None
         except ModelError as e:
             raise _Refused(e.status, error_body(e.message, "server_error")) from None
 
-    async def _drawn(self, model: SimulatedModel, prompt: str, who: _Identity, chat: bool) -> bytes:
+    async def _drawn(self, model: SimulatedModel, prompt: str, who: _Identity, chat: bool, with_tokens: bool) -> bytes:
         draw = model.draw(self._key(who))
         if draw.fault == "hang":
             await asyncio.sleep(HANG_LIMIT_S)
@@ -120,7 +125,17 @@ class _Server:
             text=model.text(draw.tokens, draw.ending),
             usage=usage,
             created_at=int(time.time()),
+            tokens=self._tokens(model, spent, draw.tokens) if with_tokens else None,
         )
+
+    def _tokens(self, model: SimulatedModel, prompt: int, sampled: int) -> Tokens | None:
+        key = (prompt, sampled)
+        if key not in self._known_tokens:
+            if len(self._known_tokens) >= KNOWN_TOKENS:
+                self._known_tokens.clear()
+            call = model.tokens(prompt, sampled)
+            self._known_tokens[key] = tokens_of(call) if call else None
+        return self._known_tokens[key]
 
     def _key(self, who: _Identity) -> str:
         """Names a call: each step and each retry of a rollout draws anew, and the same in every run."""

@@ -140,10 +140,13 @@ class SimulatedModel:
             usage=usage,
             created_at=int(time.time()),
         )
-        call = self._tokens(spent, draw.tokens) if self._config.tokens else None
+        call = self.tokens(spent, draw.tokens)
         return Reply(body=body, head=_head.decode(body), usage=usage, call=call)
 
-    def _tokens(self, prompt: int, sampled: int) -> Call:
+    def tokens(self, prompt: int, sampled: int) -> Call | None:
+        """Ids and log-probabilities of so many tokens, always the same; None where it is to give none."""
+        if not self._config.tokens:
+            return None
         rng = np.random.default_rng(self._config.seed + 65_537 * prompt + sampled)
         return Call(
             prompt_token_ids=rng.integers(0, VOCABULARY, prompt, dtype="<u4").tobytes(),
