@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
@@ -111,6 +112,27 @@ def spans_of(counts: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
         else:
             spans.append((task, 1, rollouts))
     return spans
+
+
+class Counts:
+    """How many rollouts each task has, in four bytes a task."""
+
+    def __init__(self) -> None:
+        self._of = array("I")
+
+    def add(self, task_index: int, rollout_index: int) -> None:
+        """There is this rollout, and so all of its task before it."""
+        if (more := task_index + 1 - len(self._of)) > 0:
+            self._of.frombytes(bytes(more * self._of.itemsize))
+        self._of[task_index] = max(self._of[task_index], rollout_index + 1)
+
+    def __len__(self) -> int:
+        """Tasks."""
+        return len(self._of) - self._of.count(0)
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """See `JobRecord.spans`."""
+        return spans_of((task, count) for task, count in enumerate(self._of) if count)
 
 
 async def find_job(bus: Bus, job: str) -> JobRecord:

@@ -297,17 +297,18 @@ def dataset_digest(path: Path, compressed: bool | None = None) -> str:
 
 
 class _TaskNumbers:
-    """Task index and occurrence of each row. Holds 16 bytes and two integers per task."""
+    """Task index and occurrence of each row. Holds a digest of 16 bytes per task."""
 
     def __init__(self) -> None:
         self._by_text: dict[bytes, int] = {}
-        self._rows: Counter[int] = Counter()
+        self._rows: dict[int, int] = {}
+        """Of the tasks that have more than one."""
         self._contents: dict[int, bytes] = {}
         self._warned = False
         self._stamped: bool | None = None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._by_text) + len(self._contents)
 
     def of(self, text: bytes, row: Row, where: str) -> tuple[int, int]:
         stamp = row.get(TASK_KEY)
@@ -315,9 +316,12 @@ class _TaskNumbers:
             self._stamped = stamp is not None
         if self._stamped != (stamp is not None):
             raise DataError(f"{where}: {TASK_KEY} must be in every row or in none, or tasks would be mixed up")
+        known = len(self)
         task = self._next(text) if stamp is None else self._stamped_task(stamp, row, where)
-        occurrence = self._rows[task]
-        self._rows[task] += 1
+        if len(self) > known:
+            return task, 0
+        occurrence = self._rows.get(task, 1)
+        self._rows[task] = occurrence + 1
         return task, occurrence
 
     def _stamped_task(self, stamp: msgspec.Raw, row: Row, where: str) -> int:

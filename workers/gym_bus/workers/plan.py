@@ -19,7 +19,7 @@ from gym_bus.benchmarks.prompt import Prompt
 from gym_bus.benchmarks.spec import Benchmark, data_path, load_benchmark
 from gym_bus.config import Config
 from gym_bus.errors import DataError, UsageError, did_you_mean
-from gym_bus.jobs import JobRecord, spans_of
+from gym_bus.jobs import Counts, JobRecord
 from gym_bus.origins import Layer
 from gym_bus.results.files import JobFiles
 from gym_bus.results.lock import FileLock
@@ -208,7 +208,7 @@ def write_down(plan: Plan, output: Path) -> Job:
             f"{output}: cannot be written: {e.strerror or e}; choose another folder with --output"
         ) from None
     # A job that is resumed may have got further rollouts since it was written down.
-    spans = spans_of_file(files.inputs) if resumed else spans_of(sorted(counts.items()))
+    spans = spans_of_file(files.inputs) if resumed else counts.spans()
     return _job(manifest, spans, files, plan.config.job.lane, resumed=resumed)
 
 
@@ -257,12 +257,10 @@ class _Digests(msgspec.Struct, frozen=True):
     of_all_shards: str
 
 
-def _write_inputs(
-    lines: Iterable[tuple[int, int, bytes]], path: Path, shard: Shard | None
-) -> tuple[_Digests, dict[int, int]]:
+def _write_inputs(lines: Iterable[tuple[int, int, bytes]], path: Path, shard: Shard | None) -> tuple[_Digests, Counts]:
     """Write the shard's lines; returns the digests and the number of rollouts by task."""
     written, of_all = hashlib.sha256(), hashlib.sha256()
-    counts: dict[int, int] = {}
+    counts = Counts()
     with path.open("wb") as out:
         for task, rollout, line in lines:
             if shard is not None:
@@ -271,7 +269,7 @@ def _write_inputs(
                     continue
             out.write(line + b"\n")
             written.update(line + b"\n")
-            counts[task] = max(counts.get(task, 0), rollout + 1)
+            counts.add(task, rollout)
         out.flush()
         os.fsync(out.fileno())
     return _Digests(written.hexdigest(), of_all.hexdigest() if shard else ""), counts
@@ -352,7 +350,7 @@ def _job(manifest: Manifest, spans: list[tuple[int, int, int]], files: JobFiles,
 
 def spans_of_file(path: Path) -> list[tuple[int, int, int]]:
     """The spans of a file of materialized inputs."""
-    counts: dict[int, int] = {}
+    counts = Counts()
     for row in read_inputs(path):
-        counts[row.task_index] = max(counts.get(row.task_index, 0), row.rollout_index + 1)
-    return spans_of(sorted(counts.items()))
+        counts.add(row.task_index, row.rollout_index)
+    return counts.spans()
