@@ -52,7 +52,7 @@ def expected(tasks: int = TASKS, repeats: int = 1) -> dict[tuple[int, int], floa
 async def model(cli: Cli) -> AsyncIterator[FaultyModel]:
     """Says A, without faults, and counts."""
     answers = cli.folder / "answers.jsonl"
-    given = [{"task_index": task, "completions": ["\\boxed{A}"] * 4} for task in range(TASKS)]
+    given = [{"task_index": task, "completions": ["\\boxed{A}"] * 12} for task in range(TASKS)]
     answers.write_text("".join(json.dumps(line) + "\n" for line in given))
     served = FaultyModel(0, QUIET)
     served.add("quiet", answers, {})
@@ -407,7 +407,7 @@ async def test_a_cluster_that_loses_its_leader_in_mid_job_loses_nothing(
     cli: Cli, choices: Path, model: FaultyModel, cluster: Cluster
 ) -> None:
     quick = [f"bus.url={cluster.url}", "bus.replicas=3", "bus.ack_wait_s=5.0", "bus.heartbeat_s=1.5"]
-    command = ["eval", "run", str(choices), *at(model), "--num-repeats", "4", "--output", "out", *quick]
+    command = ["eval", "run", str(choices), *at(model), "--num-repeats", "12", "--output", "out", *quick]
     rollouts = cli.folder / "out" / "rollouts.jsonl"
     async with await Bus.connect(BusConfig(url=cluster.url, replicas=3)) as bus:
         await until(lambda: is_set_up(bus), 60)
@@ -420,9 +420,9 @@ async def test_a_cluster_that_loses_its_leader_in_mid_job_loses_nothing(
             await until(lambda before=before: lines(rollouts) > before + 100, 60)
             await asyncio.to_thread(cluster.start, leader)
         assert await exit_of(running, 90) == 0
-        assert rewards(cli.folder / "out") == expected(repeats=4)
+        assert rewards(cli.folder / "out") == expected(repeats=12)
         info = await bus.js.stream_info(subjects.RESULTS)
-        assert (info.config.num_replicas, info.state.messages) == (3, 4 * TASKS)
+        assert (info.config.num_replicas, info.state.messages) == (3, 12 * TASKS)
 
 
 async def is_set_up(bus: Bus) -> bool:
