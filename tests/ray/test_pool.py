@@ -32,6 +32,7 @@ HUMANEVAL = Path(__file__).parents[2] / "benchmarks/gym_bus/benchmarks/humaneval
 NAMES = {
     "worker": ("ray::_Actor", "local_pool import serve"),
     "zygote": ("gym_bus.sandbox.zygote",),
+    "code_gen's zygote": ("from string import *",),
     "raylet": ("/raylet/raylet ",),
     "control store": ("/gcs/gcs_server ",),
 }
@@ -200,7 +201,7 @@ async def test_programs_leave_nothing_behind_in_a_worker(service: VerifierServic
 
     async def warm() -> bool:
         assert all(await asyncio.gather(*(run_code(service, n) for n in range(60))))
-        return len(processes("worker")) == 2 and len(processes("zygote")) == 4
+        return len(processes("worker")) == 2 and len(processes("code_gen's zygote")) == 4
 
     await until(warm, 60)
     count, groups, files, resident = held()
