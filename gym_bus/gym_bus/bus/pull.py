@@ -150,10 +150,6 @@ class Delivery:
         body = b'-NAK {"delay": %d}' % int(delay_s * 1e9) if delay_s > 0 else b"-NAK"
         await self._answer(body)
 
-    async def term(self, reason: str) -> None:
-        """Never deliver it again."""
-        await self._answer(b"+TERM " + reason.encode()[:200])
-
     async def extend(self) -> None:
         """Still working: keep the lease."""
         await self._answer(b"+WPI")
