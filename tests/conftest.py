@@ -59,7 +59,7 @@ class NatsServer:
             self.process.wait(10)
 
 
-def wait_for_port(port: int, limit_s: float = 10.0) -> None:
+def wait_for_port(port: int, limit_s: float = 30.0) -> None:
     import socket
 
     deadline = time.monotonic() + limit_s
@@ -107,7 +107,7 @@ async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
         yield bus
 
 
-async def until(condition: object, limit_s: float = 10.0) -> None:
+async def until(condition: object, limit_s: float = 60.0) -> None:
     """Wait until `condition()` (plain or async) is true; fail with its name when it never is."""
     deadline = time.monotonic() + limit_s
     while True:

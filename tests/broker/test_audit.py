@@ -85,7 +85,7 @@ async def files(bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jo
     for task in range(TASKS):
         await bus.publish(scored(task) if task else failed(task), f"job.{task}.0#1")
     with open_writer(a_record(), files, QUICK) as writer:
-        await asyncio.wait_for(ResultsConsumer(bus, a_record(), files, writer, QUICK, nothing).run(), 20)
+        await asyncio.wait_for(ResultsConsumer(bus, a_record(), files, writer, QUICK, nothing).run(), 60)
     profile_job(files)
     await retire(bus, a_record())
     return files

@@ -71,7 +71,7 @@ async def test_a_full_stream_makes_the_publisher_wait(nats_server: NatsServer, b
             done, _ = await asyncio.wait({second}, timeout=0.3)
             assert not done
             await tight.purge(subjects.REQUESTS, subjects.requests_of("job"))
-            assert await asyncio.wait_for(second, 5) is True
+            assert await asyncio.wait_for(second, 60) is True
         finally:
             await bus.init()
 
@@ -150,8 +150,8 @@ async def test_publishing_and_pulling_survive_a_killed_server(own_server: NatsSe
         await until(lambda: len(got) > 300)
         own_server.kill()
         own_server.start()
-        await asyncio.wait_for(publishing, 30)
-        await until(lambda: len({d.message_id for d in got}) == 3000, 30)
+        await asyncio.wait_for(publishing, 60)
+        await until(lambda: len({d.message_id for d in got}) == 3000)
         await pull.stop()
 
 
@@ -162,7 +162,7 @@ async def test_a_follower_reads_all_results_in_order_across_a_killed_server(own_
         seen: list[int] = []
 
         async def read(count: int) -> None:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while len(seen) < count and time.monotonic() < deadline:
                 try:
                     seen.extend(d.sequence for d in await follower.batch(0.2))
@@ -292,11 +292,11 @@ async def test_a_reader_is_bounded_in_bytes(bus: Bus) -> None:
     for i in range(count):
         await bus.publish(a_result(i, row=row), f"job.{i}.0#1")
     follower = Follower(bus, subjects.RESULTS, subjects.results_of("job"), 1)
-    batches, most = [await follower.batch(5.0)], 0
+    batches, most = [await follower.batch(60.0)], 0
     while sum(map(len, batches)) < count:
         await until(lambda: has_all_it_wants(follower, count))
         most = max(most, follower._queued_bytes)
-        batches.append(await follower.batch(5.0))
+        batches.append(await follower.batch(60.0))
     await follower.close()
     assert max(sum(d.size_bytes for d in batch) for batch in batches) <= pull.BATCH_BYTES
     assert 2 * pull.BATCH_BYTES < most <= pull.HELD_BYTES + pull.PULL_BYTES
@@ -335,7 +335,7 @@ async def stock_server(folder: Path) -> AsyncIterator[str]:
 
 @pytest.mark.parametrize("length", [1024 * 1024 - 200, 1_500_000])
 async def test_a_server_that_takes_less_gets_claims(tmp_path: Path, length: int) -> None:
-    async with stock_server(tmp_path) as url, await Bus.connect(BusConfig(url=url, publish_limit_s=5.0)) as bus:
+    async with stock_server(tmp_path) as url, await Bus.connect(BusConfig(url=url)) as bus:
         await bus.init()
         await bus.publish(a_request(row=b"x" * length), "job.0.0#1")
         (delivery,) = await receive(bus, 1)

@@ -124,7 +124,7 @@ async def test_an_urgent_lane_is_served_before_a_long_queue(bus: Bus) -> None:
 
     async def wait(message: Message) -> Attempt:
         if message.rollout.job == "job":
-            await asyncio.wait_for(gate.wait(), 20)
+            await asyncio.wait_for(gate.wait(), 60)
         return an_attempt(message)
 
     handler = Handler(wait)
@@ -132,12 +132,10 @@ async def test_an_urgent_lane_is_served_before_a_long_queue(bus: Bus) -> None:
         await order(bus, 50)
         await until(lambda: loop.in_flight == 2)
         await bus.publish(a_request(0, "urgent"), "urgent.0.0#1", lane="interactive")
-        await until(lambda: loop.buffered >= 1)
-        gate.set()
         await until(lambda: any(m.rollout.job == "urgent" for m in handler.given))
-        position = [m.rollout.job for m in handler.given].index("urgent")
+        assert len(handler.given) == 2 + 1
+        gate.set()
         await until(lambda: drained(bus))
-    assert position < 10
 
 
 async def test_an_error_of_foreign_code_is_a_failure_with_its_request(bus: Bus) -> None:
@@ -203,7 +201,7 @@ async def test_a_message_that_keeps_coming_back_ends_as_poison(bus: Bus, monkeyp
     async with await Bus.connect(BusConfig(url=bus.config.url, max_deliver=2)) as impatient:
         await order(bus, 1)
         async with looping(impatient, Handler(as_if_the_worker_died)):
-            await until(lambda: drained(bus), 20)
+            await until(lambda: drained(bus))
     result = await the_result(bus)
     assert isinstance(result, Failed)
     assert result.failure.kind is FailureKind.POISON
@@ -258,9 +256,9 @@ async def test_a_full_stream_makes_the_outcome_wait_and_costs_no_second_try(bus:
         try:
             async with looping(narrow, handler) as loop:
                 await order(bus, 3)
-                await until(lambda: tries >= 9, 20)  # three are published at once, two of them three times more
+                await until(lambda: tries >= 9)  # three are published at once, two of them three times more
                 assert loop.in_flight == 2
-                await until(lambda: emptied(bus), 20)
+                await until(lambda: emptied(bus))
         finally:
             await bus.init()
     assert len(handler.given) == 3
@@ -316,7 +314,7 @@ async def test_what_was_handed_back_still_ends_as_poison_where_it_kills_its_work
             async with looping(impatient, Handler(forever)) as loop:
                 await until(lambda: loop.in_flight == 1)
         async with looping(impatient, dying):
-            await until(lambda: drained(bus), 30)
+            await until(lambda: drained(bus))
     result = await the_result(bus)
     assert isinstance(result, Failed)
     assert result.failure.kind is FailureKind.POISON
@@ -326,12 +324,13 @@ async def test_what_was_handed_back_still_ends_as_poison_where_it_kills_its_work
 
 async def test_draining_under_load_leaves_nothing_leased(bus: Bus) -> None:
     await order(bus, 3000)
-    for _ in range(5):
-        given = (handler := Handler(at_once)).given
-        async with looping(bus, handler, concurrency=64, prefetch=16):
-            await until(lambda given=given: len(given) > 50)
-    async with looping(bus, Handler(at_once), concurrency=64, prefetch=16):
-        await until(lambda: drained(bus), bus.config.ack_wait_s / 4)  # a lease of nobody would last longer
+    async with await Bus.connect(BusConfig(url=bus.config.url, ack_wait_s=600.0)) as patient:
+        for _ in range(5):
+            given = (handler := Handler(at_once)).given
+            async with looping(patient, handler, concurrency=64, prefetch=16):
+                await until(lambda given=given: len(given) > 50)
+        async with looping(patient, Handler(at_once), concurrency=64, prefetch=16):
+            await until(lambda: drained(bus))  # a lease of nobody would last longer
     assert await waiting(bus, subjects.ATTEMPTS) == 3000
 
 
@@ -436,7 +435,7 @@ async def test_an_error_whose_words_cannot_be_encoded_is_a_failure(bus: Bus) -> 
 
 async def test_a_worker_that_dies_loses_its_lease_not_its_work(bus: Bus) -> None:
     sources = [Source(stream=subjects.REQUESTS, consumer="short", subject=subjects.request("batch", "simple", "*"))]
-    short = BusConfig(url=bus.config.url, ack_wait_s=1.0, heartbeat_s=0.2)
+    short = BusConfig(url=bus.config.url, ack_wait_s=2.5, heartbeat_s=0.2)
     held = Handler(forever)
     handler = Handler(at_once)
     async with await Bus.connect(short) as first, await Bus.connect(short) as second:
@@ -446,11 +445,13 @@ async def test_a_worker_that_dies_loses_its_lease_not_its_work(bus: Bus) -> None
         await until(lambda: dying.in_flight == 2)
         living = Loop(second, handler, sources, concurrency=2, prefetch=1, max_ack_pending=10, worker="living")
         await living.start()
-        lease_over = asyncio.get_running_loop().time() + 1.5 * short.ack_wait_s
+        lease_over = asyncio.get_running_loop().time() + 1.2 * short.ack_wait_s
         await until(lambda: asyncio.get_running_loop().time() > lease_over)
         assert handler.given == []  # the heartbeat kept the lease
         await first.client.close()  # as a killed process: no goodbye
-        await until(lambda: len(handler.given) == 2)
+        lease = (await bus.consumer_info(subjects.REQUESTS, "short")).config
+        await bus.js.add_consumer(subjects.REQUESTS, lease, ack_wait=0.5)  # its end need not be waited for
+        await until(lambda: len(handler.given) >= 2)
         await living.drain(1.0)
         await dying.drain(0.0)
 
@@ -471,7 +472,7 @@ async def die_of(culprit: int, bus: Bus, handler: Handler) -> bool:
         sources = [Source(stream=subjects.REQUESTS, consumer="short", subject=subjects.request("batch", "simple", "*"))]
         worker = Loop(own, handler, sources, concurrency=16, prefetch=4, max_ack_pending=1000, worker="mortal")
         await worker.start()
-        await until(lambda: died.is_set() or drained(bus), 20)
+        await until(lambda: died.is_set() or drained(bus))
         if died.is_set():
             await own.client.close()  # as a killed process: no goodbye
         await worker.drain(0.0)

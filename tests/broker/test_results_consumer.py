@@ -24,7 +24,7 @@ from gym_bus.workers.results import ResultsConsumer, open_writer
 from gym_bus.workers.run import cancel_job, enrol, job_status, retire
 
 QUICK = ResultsConfig(idle_s=0.5)
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 
 
 def a_record(tasks: int = 3, repeats: int = 1, **more: Any) -> JobRecord:
@@ -149,13 +149,13 @@ async def test_a_writer_that_is_cancelled_has_finished_what_it_was_writing(
     def slow(fd: int, data: bytes) -> int:
         if threading.current_thread() is not threading.main_thread():
             begun.set()
-            go_on.wait(10)
+            go_on.wait(60)
         return write(fd, data)
 
     monkeypatch.setattr(os, "write", slow)
     await bus.publish(scored(0), "job.0.0#1")
     running = asyncio.create_task(record(bus, a_record(2), tmp_path))
-    await asyncio.to_thread(begun.wait, 10)
+    await asyncio.to_thread(begun.wait, 60)
     running.cancel()
     asyncio.get_running_loop().call_later(0.05, go_on.set)
     with pytest.raises(asyncio.CancelledError):
@@ -180,7 +180,7 @@ async def test_a_recorder_tries_again_when_the_folder_was_in_other_hands(
     recorder = Recorder(bus, Config(), tmp_path, "me")
     with open_writer(job, files, QUICK):
         await until(looked(recorder, lambda: not recorder._tasks and bool(recorder._not_before)))
-    await until(looked(recorder, lambda: "job" in recorder.finished), 20)
+    await until(looked(recorder, lambda: "job" in recorder.finished))
 
     assert lines_of(files.rollouts) == 1
     assert (await job_status(bus, job)).state == "running"  # the record at hand; the bus knows better:
@@ -223,7 +223,7 @@ async def test_a_cancelled_job_is_recorded_once(bus: Bus, tmp_path: Path) -> Non
     await enrol(bus, job)
     await cancel_job(bus, job)
     recorder = Recorder(bus, Config(results=QUICK), tmp_path, "me")
-    await until(looked(recorder, lambda: "job" in recorder.finished), 20)
+    await until(looked(recorder, lambda: "job" in recorder.finished))
 
     assert await recorder.look() == []
     assert recorder.done == 1

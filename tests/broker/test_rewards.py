@@ -77,6 +77,15 @@ async def take(stream: RewardStream) -> list[Group]:
     return [group async for group in stream]
 
 
+async def take_while_they_come(stream: RewardStream, least: int) -> list[Group]:
+    """So many groups, however long they take, and what more there is, none of them acked."""
+    groups = []
+    while group := await stream.next(60 if len(groups) < least else 2.0):
+        groups.append(group)
+    assert len(groups) >= least
+    return groups
+
+
 async def take_and_ack(stream: RewardStream) -> list[int]:
     tasks = []
     async for group in stream:
@@ -118,7 +127,7 @@ async def test_what_a_crashed_trainer_had_not_acked_comes_again(bus: Bus) -> Non
     used = []
     async with RewardStream(bus, job="job", durable="a") as stream:
         for n in range(6):
-            group = await stream.next(10)
+            group = await stream.next(60)
             assert group
             if n < 2:
                 await group.ack()
@@ -136,7 +145,7 @@ async def test_acked_groups_do_not_come_again_from_a_server_that_was_killed(
     async with RewardStream(impatient, job="job", durable="a") as stream:
         used = []
         for _ in range(20):
-            group = await stream.next(10)
+            group = await stream.next(60)
             assert group
             await group.ack()
             used.append(group.task_index)
@@ -159,7 +168,7 @@ async def test_acked_groups_do_not_come_again_where_the_server_has_forgotten_the
     async with RewardStream(bus, job="job", durable="a", group_size=group_size) as stream:
         used = []
         for _ in range(5):
-            group = await stream.next(10)
+            group = await stream.next(60)
             assert group
             await group.ack()
             used += [r.rollout for r in group.results]
@@ -186,7 +195,7 @@ async def test_an_acked_group_does_not_come_again_where_its_acks_are_lost_on_the
         acks.append(reply)
 
     async with RewardStream(impatient, job="job", durable="a") as stream:
-        group = await stream.next(10)
+        group = await stream.next(60)
         assert group
         monkeypatch.setattr(impatient, "respond", lose_the_second)
         await group.ack()
@@ -204,7 +213,7 @@ async def test_an_ack_that_the_broker_does_not_confirm_is_an_error_and_can_be_re
 
     await a_job(bus, 2, all_scored(2))
     async with RewardStream(bus, job="job", durable="a") as stream:
-        first, second = await stream.next(10), await stream.next(10)
+        first, second = await stream.next(60), await stream.next(60)
         assert first and second
         monkeypatch.setattr(bus, "swap", away)
         for group in (first, second):
@@ -252,7 +261,7 @@ async def test_a_group_is_as_large_as_the_job_says_whatever_comes_first(bus: Bus
     await a_job(bus, 1, [cancelled(0, 0)], over=False)
     await bus.publish(scored(0, 1, 1.0), "job.0.1#1")
     async with RewardStream(bus, job="job", durable="a") as stream:
-        group = await stream.next(10)
+        group = await stream.next(60)
     assert group
     assert (group.size, group.rewards, len(group.failures)) == (2, [1.0], 1)
 
@@ -266,7 +275,7 @@ async def test_groups_smaller_than_the_task_come_until_it_is_used_up(bus: Bus) -
 async def test_a_retry_that_comes_after_its_group_was_acked_is_dropped(bus: Bus) -> None:
     await a_job(bus, 1, [scored(0, 0, 1.0), failed(0, 1)], over=False)
     async with RewardStream(bus, job="job", durable="a") as stream:
-        group = await stream.next(10)
+        group = await stream.next(60)
         assert group
         await group.ack()
         await retry(bus, scored(0, 1, 0.5))
@@ -283,7 +292,7 @@ async def test_a_retry_that_comes_before_its_group_is_acked_waits_for_the_ack(im
     bus = impatient  # its purge moves the server's ack floor past what is leased: a nak is ignored, the lease runs out
     await a_job(bus, 1, [scored(0, 0, 1.0), failed(0, 1)], over=False)
     async with RewardStream(bus, job="job", durable="a") as stream:
-        group = await stream.next(10)
+        group = await stream.next(60)
         assert group
         await retry(bus, scored(0, 1, 0.5))
         await set_state(bus, "done")
@@ -305,7 +314,7 @@ async def test_a_retry_takes_the_place_of_the_failure_in_a_group_that_waits(bus:
         assert await stream.next(0.5) is None
         await retry(bus, scored(0, 1, 0.5))
         await bus.publish(scored(0, 0, 1.0), "job.0.0#1")
-        group = await stream.next(10)
+        group = await stream.next(60)
         assert group
         assert group.rewards == [1.0, 0.5]
         assert len(stream._held) == 2
@@ -436,11 +445,8 @@ async def test_what_is_held_is_bounded_in_bytes(bus: Bus) -> None:
     row = b'{"text": "' + b"x" * 100_000 + b'"}'
     await a_job(bus, 100, [scored(task, rollout, 1.0, row=row) for task in range(100) for rollout in range(2)])
     async with RewardStream(bus, job="job", durable="a", max_held_bytes=4_000_000) as stream:
-        groups = []
-        while group := await stream.next(2.0):
-            groups.append(group)
-        # The first pull asks without knowing the size, for at most 9 MiB.
-        assert 20 <= len(groups) <= 50
+        groups = await take_while_they_come(stream, 20)
+        assert len(groups) <= 50  # the first pull asks without knowing the size, for at most 9 MiB
         assert await unacked(bus) <= 100
         for group in groups:
             await group.ack()
@@ -451,10 +457,8 @@ async def test_what_is_held_is_bounded_in_bytes(bus: Bus) -> None:
 async def test_no_more_large_bodies_are_fetched_than_may_be_held(impatient: Bus) -> None:
     await a_job(impatient, 20, [scored(task, r, 1.0, row=BIG) for task in range(20) for r in range(2)])
     async with RewardStream(impatient, job="job", durable="a", max_held_bytes=20_000) as stream:
-        groups = []
-        while group := await stream.next(2.0):
-            groups.append(group)
-        assert 1 <= len(groups) <= 3
+        groups = await take_while_they_come(stream, 1)
+        assert len(groups) <= 3
         for group in groups:
             await group.ack()
         tasks = [g.task_index for g in groups] + await take_and_ack(stream)
@@ -471,7 +475,7 @@ async def test_a_group_that_is_larger_than_may_be_held_is_refused(bus: Bus) -> N
 async def test_failures_are_visible_and_never_rewards(bus: Bus) -> None:
     await a_job(bus, 1, [scored(0, 0, 1.0), failed(0, 1)])
     async with RewardStream(bus, job="job", durable="a") as stream:
-        group = await stream.next(10)
+        group = await stream.next(60)
         assert group
         assert group.rewards == [1.0]
         assert [f.failure.kind for f in group.failures] == [FailureKind.MODEL_UNREACHABLE]
@@ -494,7 +498,7 @@ async def test_ranks_share_a_job_without_overlap(bus: Bus) -> None:
 async def test_a_trainer_that_started_first_gets_groups_as_they_complete(bus: Bus) -> None:
     await a_job(bus, 2, [], over=False)
     async with RewardStream(bus, job="job", durable="a") as stream:
-        waiting = asyncio.create_task(stream.next(20))
+        waiting = asyncio.create_task(stream.next(60))
         await bus.publish(scored(1, 0, 1.0), "job.1.0#1")
         await bus.publish(scored(0, 0, 0.5), "job.0.0#1")
         await bus.publish(scored(1, 1, 0.0), "job.1.1#1")

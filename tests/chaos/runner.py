@@ -27,7 +27,7 @@ from gym_bus.bus import Bus
 from gym_bus.settings import BusConfig, Distribution
 
 SETTLE_LIMIT_S = 60.0
-LEFTOVER_LIMIT_S = {"local": 10.0, "ray": 90.0}
+LEFTOVER_LIMIT_S = {"local": 30.0, "ray": 90.0}
 """Two helpers of Ray look for their parent once a minute only."""
 PROGRAMS_SHARE = 0.1
 """Of the rollouts, those whose programs run in the sandbox."""

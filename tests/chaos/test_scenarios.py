@@ -90,7 +90,7 @@ async def test_a_local_run_killed_with_all_its_children_is_finished_by_the_same_
     concurrency = 16
     command = ["eval", "run", str(choices), *at(model), "--output", "out", "--concurrency", str(concurrency)]
     running = cli.start(*command)
-    await until(lambda: lines(cli.folder / "out" / "rollouts.jsonl") > 60, 30)
+    await until(lambda: lines(cli.folder / "out" / "rollouts.jsonl") > 60)
     assert kill_at_once(running.pid) == 4  # the command, its server, an agent worker, a verifier worker
     summary = await asyncio.to_thread(cli.json, *command)
     assert (summary["scored"], summary["failed"]) == (TASKS, 0)
@@ -102,20 +102,20 @@ async def test_a_local_run_killed_with_all_its_children_is_finished_by_the_same_
 async def test_a_worker_that_was_paused_past_its_lease_makes_no_second_result(
     cli: Cli, choices: Path, model: FaultyModel, own_server: NatsServer
 ) -> None:
-    short = [f"bus.url={own_server.url}", "bus.ack_wait_s=1.0", "bus.heartbeat_s=0.3", "agent.concurrency=8"]
+    short = [f"bus.url={own_server.url}", "bus.ack_wait_s=2.0", "bus.heartbeat_s=0.3", "agent.concurrency=8"]
     workers = [cli.start("worker", "agent", *at(model)[2:], *short, until="ready") for _ in range(2)]
     cli.start("worker", "verifier", *short, until="ready")
     running = cli.start("eval", "run", str(choices), *at(model), "--no-workers", "--output", "out", *short)
     rollouts = cli.folder / "out" / "rollouts.jsonl"
-    await until(lambda: lines(rollouts) > 20, 30)
+    await until(lambda: lines(rollouts) > 20)
     workers[0].send_signal(signal.SIGSTOP)
     async with await Bus.connect(BusConfig(url=own_server.url)) as bus:
         try:
-            await until(lambda: delivered_again(bus), 20)
+            await until(lambda: delivered_again(bus))
         finally:
             workers[0].send_signal(signal.SIGCONT)
         assert await exit_of(running) == 0
-        await until(lambda: nothing_is_queued(bus), 20)
+        await until(lambda: nothing_is_queued(bus))
         assert rewards(cli.folder / "out") == expected()
         assert model.asked.total() > len(model.asked)  # work was done twice; its result is there once
         assert (await bus.size(subjects.RESULTS))[0] == TASKS
@@ -135,7 +135,7 @@ async def test_a_second_run_of_one_output_folder_is_refused_and_disturbs_nothing
 ) -> None:
     command = ["eval", "run", str(choices), *at(model), "--limit", "90", "--output", "out", "--concurrency", "4"]
     running = cli.start(*command)
-    await until(lambda: lines(cli.folder / "out" / "rollouts.jsonl") > 10, 30)
+    await until(lambda: lines(cli.folder / "out" / "rollouts.jsonl") > 10)
     refused = await asyncio.to_thread(cli.run, *command, code=2)
     assert f"already being written by process {running.pid}" in refused.stderr
     assert await exit_of(running) == 0
@@ -191,14 +191,14 @@ import asyncio, time
 from gym_bus.workers.main import _stay_awake
 
 async def hang():
-    awake = asyncio.create_task(_stay_awake(0.3))
-    await asyncio.sleep(0.5)
+    awake = asyncio.create_task(_stay_awake(1.0))
+    await asyncio.sleep(1.2)
     print("still here", flush=True)
     time.sleep(60)
 
 asyncio.run(hang())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (1, "still here\n")
     assert "in hang" in done.stderr
 
@@ -268,12 +268,12 @@ async def test_a_full_disk_makes_publishers_wait_and_room_lets_them_go_on(
         async with await Bus.connect(BusConfig(url=server.url)) as bus:
             await bus.init()
             publishing = [asyncio.create_task(bus.publish(a_large_request(i), f"job.{i}.0#1")) for i in range(300)]
-            await until(lambda: b"no space left on device" in (small_disk / "store" / "server.log").read_bytes(), 20)
+            await until(lambda: b"no space left on device" in (small_disk / "store" / "server.log").read_bytes())
             stored = sum(task.done() for task in publishing)
             assert 0 < stored < 300
             assert server.starts == 1  # nothing is gained by starting it on a full disk
             (small_disk / "ballast").unlink()
-            assert all(await asyncio.wait_for(asyncio.gather(*publishing), 30))
+            assert all(await asyncio.wait_for(asyncio.gather(*publishing), 60))
             assert server.starts == 2
             assert await bus.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 300
     finally:
@@ -337,14 +337,14 @@ async def test_what_a_power_cut_took_from_the_bus_is_ordered_again(
     running = cli.start(*command, "agent.concurrency=32")
     rollouts = cli.folder / "out" / "rollouts.jsonl"
     for least in (100, 500):
-        await until(lambda least=least: lines(rollouts) > least, 30)
+        await until(lambda least=least: lines(rollouts) > least)
         copy = cli.folder / f"copy-{least}"
         assert own_server.process
         own_server.process.send_signal(signal.SIGSTOP)
         shutil.copytree(own_server.store / "js", copy)
         own_server.process.send_signal(signal.SIGCONT)
         more = lines(rollouts) + 100
-        await until(lambda more=more: lines(rollouts) > more, 30)
+        await until(lambda more=more: lines(rollouts) > more)
         own_server.kill()
         shutil.rmtree(own_server.store / "js")
         copy.rename(own_server.store / "js")
@@ -410,14 +410,14 @@ async def test_a_cluster_that_loses_its_leader_in_mid_job_loses_nothing(
     command = ["eval", "run", str(choices), *at(model), "--num-repeats", "12", "--output", "out", *quick]
     rollouts = cli.folder / "out" / "rollouts.jsonl"
     async with await Bus.connect(BusConfig(url=cluster.url, replicas=3)) as bus:
-        await until(lambda: is_set_up(bus), 60)
+        await until(lambda: is_set_up(bus))
         running = cli.start(*command, "agent.concurrency=32")
         for stream, least in ((subjects.ATTEMPTS, 100), (subjects.RESULTS, 500)):
-            await until(lambda least=least: lines(rollouts) > least, 60)
+            await until(lambda least=least: lines(rollouts) > least)
             leader = str((await bus.js.stream_info(stream)).cluster.leader)
             await asyncio.to_thread(cluster.kill, leader)
             before = lines(rollouts)
-            await until(lambda before=before: lines(rollouts) > before + 100, 60)
+            await until(lambda before=before: lines(rollouts) > before + 100)
             await asyncio.to_thread(cluster.start, leader)
         assert await exit_of(running, 90) == 0
         assert rewards(cli.folder / "out") == expected(repeats=12)

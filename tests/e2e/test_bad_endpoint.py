@@ -40,7 +40,7 @@ def endpoint() -> Iterator[BadEndpoint]:
 def test_every_rollout_ends_in_one_result_of_the_right_class(cli: Cli, choices: Path, endpoint: BadEndpoint) -> None:
     settings = [
         f"models.policy.base_url=http://127.0.0.1:{endpoint.port}/v1",
-        "models.policy.call_limit_s=0.5",
+        "models.policy.call_limit_s=2.5",
         "models.policy.retry={unreachable: 1, rate_limited: 2, server_error: 1, timeout: 0, wait_s: 0.05}",
         "models.policy.retry.max_wait_s=0.2",
     ]

@@ -148,7 +148,7 @@ def test_a_cancelled_job_ends_with_every_rollout_accounted_for(cli: Cli, choices
     wait_for(lambda: cli.json("eval", "status", "--nats", url)[:1] and True)
     # The results consumer of the run sees the cancellation, too, and both fail what is left: each rollout once.
     assert 0 < cli.json("eval", "cancel", job, "--nats", url)["cancelled"] <= 300
-    assert running.wait(30) == 1
+    assert running.wait(60) == 1
     kinds = collections.Counter(r["_ng_failure_class"] for r in rows_of(cli.folder / "out" / "rollouts_failures.jsonl"))
     assert kinds == {"cancelled": 300}
     again = cli.run("eval", "cancel", job, "--nats", url, code=2)
@@ -235,7 +235,7 @@ def test_a_terminated_run_stops_in_order_and_the_same_command_finishes_it(cli: C
     rollouts = cli.folder / "out" / "rollouts.jsonl"
     wait_for(lambda: rollouts.exists() and rollouts.read_bytes().count(b"\n") > 20)
     running.send_signal(signal.SIGTERM)
-    assert running.wait(40) == 130
+    assert running.wait(60) == 130
     assert running.stdout
     assert "the same command resumes" in running.stdout.read()
     cli.run(*command, *slow[:1], "models.simulated.simulated.latency_s.mean=0.3")

@@ -86,7 +86,7 @@ async def test_a_published_row_gets_expected_outputs_and_the_canonical_solution_
     assert "base_input" not in row
     assert row["base_tests"]["outputs"] == [["f", (1.5).hex()], ["f", (3.0).hex()]]
     assert row["plus_tests"]["outputs"][2] == ["f", "inf"]
-    assert all(0 <= seconds < 1 for seconds in row["base_tests"]["seconds"])
+    assert all(0 <= seconds < 60 for seconds in row["base_tests"]["seconds"])
     assert (verdict.reward, verdict.extra["failure_reason"]) == (1.0, "none")
     assert (verdict.extra["base_status"], verdict.extra["plus_status"]) == ("pass", "pass")
     assert verdict.components == {"passing_base_tests": 1.0, "passing_plus_tests": 1.0}
@@ -210,8 +210,8 @@ async def test_a_solution_that_lifts_the_limit_of_a_test_is_ended_by_that_of_all
 
 @pytest.mark.asyncio(loop_scope="session")
 async def test_a_test_may_take_four_times_as_long_as_the_canonical_solution(slot: Slot) -> None:
-    row = {**ready([0], []), "base_tests": suite([0], seconds=0.1)}
-    code = "import time\ndef f(x):\n    time.sleep(0.2)\n    return 0"
+    row = {**ready([0], []), "base_tests": suite([0], seconds=0.6)}
+    code = "import time\ndef f(x):\n    time.sleep(0.7)\n    return 0"
 
     assert (await judged(slot, row, fenced(code), **LIMITS)).reward == 1.0
     assert (await judged(slot, row, fenced(code), min_time_limit=0.1, gt_time_limit_factor=1)).reward == 0.0

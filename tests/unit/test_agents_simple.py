@@ -123,7 +123,7 @@ def task(given: Any = "1+1?", **params: Any) -> Task:
 async def run(endpoint: Endpoint, given: Any = "1+1?", **options: Any) -> tuple[dict[str, Any], Context]:
     """The final response, decoded, and the rollout's accounts."""
     async with context_of(endpoint) as context:
-        produced: Produced = await asyncio.wait_for(SimpleAgent(**options).run(task(given), context), 10)
+        produced: Produced = await asyncio.wait_for(SimpleAgent(**options).run(task(given), context), 60)
     return msgspec.json.decode(produced.response), context
 
 
@@ -280,7 +280,7 @@ async def test_whatever_is_wrong_with_a_tool_call_is_told_to_the_model(
     box.tools.update(echo=echo, refuse=refuse, crash=crash, hang=hang)
     endpoint = Endpoint(response(item), response(says("Sorry.")))
 
-    final, _ = await run(endpoint, toolbox="box", tool_limit_s=0.05)
+    final, _ = await run(endpoint, toolbox="box", tool_limit_s=0.05 if item["name"] == "hang" else 60.0)
 
     told = endpoint.inputs[1][-1]
     assert (told["type"], told["call_id"]) == ("function_call_output", "a")
@@ -430,7 +430,7 @@ async def test_a_cancelled_rollout_stops_its_tools_and_closes_them(box: type[Box
     box.tools["hang"] = hang
     async with context_of(Endpoint(response(calls("hang")))) as context:
         going = asyncio.create_task(SimpleAgent(toolbox="box").run(task(), context))
-        await asyncio.wait_for(running.wait(), 10)
+        await asyncio.wait_for(running.wait(), 60)
         going.cancel()
         with pytest.raises(asyncio.CancelledError):
             await going
@@ -465,7 +465,7 @@ def no_client() -> Any:
 
 async def test_no_tool_is_started_after_the_deadline() -> None:
     model: Model = LateModel()
-    context = Context(model, ROLLOUT, 1, 0.02, no_client)
+    context = Context(model, ROLLOUT, 1, 0.2, no_client)
 
     with pytest.raises(DeadlineExceeded, match="before its tools could run"):
         await SimpleAgent().run(task(), context)

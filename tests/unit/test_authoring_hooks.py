@@ -82,7 +82,7 @@ def test_the_hooks_that_are_configured_run(tmp_path: Path) -> None:
     unsigned.write_text("A change\n")
     codes = {
         (name, file.name): subprocess.run(
-            ["bash", "-c", f"{by_id[name]['entry']} {file}"], cwd=ROOT, capture_output=True, check=False, timeout=30
+            ["bash", "-c", f"{by_id[name]['entry']} {file}"], cwd=ROOT, capture_output=True, check=False, timeout=100
         ).returncode
         for name, file in [
             ("verified-flag", config),

@@ -72,7 +72,7 @@ async def asking(endpoint: Endpoint, **config: Any) -> AsyncIterator[Callable[..
     models = Models({"m": ModelConfig(**settings)})
 
     async def ask(params: dict[str, Any] | None = None, info: CallInfo = INFO) -> Reply:
-        return await asyncio.wait_for(models.get("m").respond(params or {"input": "hi"}, info), 10)
+        return await asyncio.wait_for(models.get("m").respond(params or {"input": "hi"}, info), 60)
 
     try:
         yield ask

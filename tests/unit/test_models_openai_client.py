@@ -57,7 +57,7 @@ async def client_of(answer: Answer, **config: Any) -> AsyncIterator[tuple[AsyncO
 
 
 async def chat(client: AsyncOpenAI, **more: Any) -> str | None:
-    made = await asyncio.wait_for(client.chat.completions.create(model="m", messages=ASK, **more), 10)
+    made = await asyncio.wait_for(client.chat.completions.create(model="m", messages=ASK, **more), 60)
     return str(made.choices[0].message.content)
 
 
@@ -154,7 +154,7 @@ async def test_a_stream_is_handed_on_as_it_arrives() -> None:
         reply = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await reply.prepare(request)
         await reply.write(chunk("a"))
-        await asyncio.wait_for(read.wait(), 5)  # the second part exists only once the first was read
+        await asyncio.wait_for(read.wait(), 60)  # the second part exists only once the first was read
         await reply.write(chunk("b") + b"data: [DONE]\n\n")
         return reply
 
@@ -291,7 +291,7 @@ async def test_many_calls_run_at_once_and_each_gets_its_own_answer() -> None:
         arrived += 1
         if arrived == count:
             everyone.set()
-        await asyncio.wait_for(everyone.wait(), 10)
+        await asyncio.wait_for(everyone.wait(), 60)
         return web.json_response({**CHAT, "id": request.headers["X-Number"]})
 
     async with client_of(answer) as (client, models):

@@ -159,7 +159,7 @@ async def test_a_fault_is_raised_as_an_endpoints_would_be(
     config: dict[str, Any], error: type[ModelError], status: int, kind: FailureKind
 ) -> None:
     with pytest.raises(ModelError) as e:
-        await asyncio.wait_for(model(**config).respond({"input": "x"}, info(limit_s=0.01)), 5)
+        await asyncio.wait_for(model(**config).respond({"input": "x"}, info(limit_s=0.01)), 60)
 
     assert (type(e.value), e.value.status, e.value.kind) == (error, status, kind)
     assert getattr(e.value, "retry_after_s", 1.0) == SimulatedConfig().retry_after_s

@@ -61,7 +61,7 @@ def starting(workers: list[Worker]) -> Callable[[], Awaitable[Worker]]:
 
 
 async def verdicts(pool: BatchingPool, count: int, *, sandboxed: bool = False) -> list[float]:
-    done = await asyncio.wait_for(asyncio.gather(*(pool.verify(CHECK, sandboxed=sandboxed) for _ in range(count))), 10)
+    done = await asyncio.wait_for(asyncio.gather(*(pool.verify(CHECK, sandboxed=sandboxed) for _ in range(count))), 60)
     return [verdict.reward for verdict in done]
 
 
@@ -113,7 +113,7 @@ async def test_checks_do_not_wait_for_ever_for_workers_that_do_not_start() -> No
 
     pool = BatchingPool(VerifierConfig(tries=3), 2, start)
     outcomes = await asyncio.wait_for(
-        asyncio.gather(*(pool.verify(CHECK, sandboxed=True) for _ in range(100)), return_exceptions=True), 10
+        asyncio.gather(*(pool.verify(CHECK, sandboxed=True) for _ in range(100)), return_exceptions=True), 60
     )
     assert {str(outcome) for outcome in outcomes} == {
         "a pool worker did not start: no cluster at nowhere:1 (3 tries)",
