@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import gc
 import gzip
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from gym_bus.benchmarks import dataset
 from gym_bus.benchmarks.dataset import (
@@ -230,6 +233,19 @@ def test_a_task_index_in_the_row_is_honoured(tmp_path: Path) -> None:
     assert [(t.task_index, t.occurrence) for t in tasks(path)] == [(7, 0), (3, 0), (7, 1)]
 
 
+def test_different_rows_of_one_task_index_are_told_once(tmp_path: Path) -> None:
+    same = a_row("a", _ng_task_index=0), a_row("a", _ng_task_index=0, responses_create_params={"temperature": 1})
+    other = a_row("b", _ng_task_index=0), a_row("c", _ng_task_index=0), a_row("c", _ng_task_index=1)
+
+    with capture_logs() as of_same:
+        tasks(a_file(tmp_path, *same))
+    with capture_logs() as of_other:
+        tasks(a_file(tmp_path, *same, *other))
+
+    assert of_same == []
+    assert [(told["event"], told["row"][-2:]) for told in of_other] == [("one_task_index_for_different_rows", ":3")]
+
+
 @pytest.mark.parametrize("stamped_first", [True, False])
 def test_task_indices_in_some_rows_only_are_refused(tmp_path: Path, stamped_first: bool) -> None:
     rows = [a_row("a", _ng_task_index=0), a_row("b")]
@@ -250,6 +266,23 @@ def test_the_limit_counts_tasks_and_later_rows_are_not_read(tmp_path: Path) -> N
 
     assert [t.task_index for t in tasks(path, limit=2)] == [0, 0, 1]
     assert tasks(path, limit=0) == []
+
+
+def test_long_texts_are_gone_with_their_rows(tmp_path: Path) -> None:
+    rows = 40
+    path = a_file(tmp_path, *(a_row(f"{i}" + "x" * 100_000) for i in range(rows)))
+    tasks(path, limit=1)
+    gc.collect()
+    gc.disable()  # reference cycles stay
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in materialize(path, agent="simple", prompt=PROMPT)) == rows
+        left, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+
+    assert left < 5 * 100_000
 
 
 # published rows

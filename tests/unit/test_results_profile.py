@@ -12,6 +12,7 @@ import pytest
 
 from gym_bus.errors import DataError, FailureKind, UsageError
 from gym_bus.messages import Failed, Failure, Policy, RolloutId, Scored
+from gym_bus.results import profile
 from gym_bus.results.files import JobFiles
 from gym_bus.results.manifest import Manifest
 from gym_bus.results.profile import Counts, Options, differences_of_profile, foreign_file, profile_job
@@ -373,6 +374,24 @@ def test_an_empty_job_gives_empty_files(files: JobFiles) -> None:
     assert profile_job(files).agents == []
     assert aggregate(files) == []
     assert profile_rows(files) == []
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2, 5])
+def test_tasks_are_described_alike_however_many_at_a_time(
+    files: JobFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int
+) -> None:
+    rollouts = [(0, 0), (0, 1), (2, 0), (3, 0), (3, 1), (3, 2), (9, 0)]
+    write(files.inputs, [key(*one) for one in [*rollouts, (1, 0), (4, 0), (10, 0)]])
+    write(files.rollouts, [row(*one, at / 8, tokens=at) for at, one in enumerate(rollouts)])
+    write(files.failures, [{**key(4, 0), "_ng_failure_class": "deadline"}])
+    profile_job(files)
+
+    monkeypatch.setattr(profile, "TASKS_AT_A_TIME", at_a_time)
+    (tmp_path / "parts").mkdir()
+    profile_job(files, into=(parts := JobFiles(tmp_path / "parts")))
+
+    assert parts.profile.read_bytes() == files.profile.read_bytes()
+    assert parts.aggregate.read_bytes() == files.aggregate.read_bytes()
 
 
 STRANGER = {**key(5, 0), "_ng_failure_class": "deadline"}

@@ -1,6 +1,6 @@
 """Data files to tasks: read JSONL line by line, check every row, and bring it into the form that travels.
 
-Nothing holds all rows: what is remembered of a row is a 16-byte digest and its task's index.
+Nothing holds all rows: what is remembered of a task is a digest, in about 30 bytes.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zlib
-from collections import Counter
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
 import msgspec
 
+from gym_bus.benchmarks.occurrences import Occurrences
 from gym_bus.benchmarks.prompt import Prompt
 from gym_bus.errors import DataError, did_you_mean
 from gym_bus.logs import get_logger
@@ -28,6 +29,9 @@ TASK_KEY, ROLLOUT_KEY = "_ng_task_index", "_ng_rollout_index"
 
 DAMAGED = (OSError, EOFError, zlib.error)
 """What reading a gzip file raises where it is cut off or is none."""
+
+CHECKED_CHARACTERS = 256
+"""Of a text within create params: more than any of the words that their types allow has."""
 
 RESULT_KEYS = frozenset({"response", "reward", "reward_components", "gym_bus"})
 """Keys that results set, as every key that starts with `_ng_`: rows of an earlier run are cleaned of them."""
@@ -140,7 +144,7 @@ class Converter:
 
     def __init__(self, convert: Convert) -> None:
         self._convert = convert
-        self._seen: Counter[bytes] = Counter()
+        self._seen = Occurrences()
 
     def __call__(self, row: Mapping[str, Any], where: str) -> dict[str, Any] | None:
         """Our row, or None where it is not part of the benchmark.
@@ -156,9 +160,8 @@ class Converter:
             raise DataError(f"{where}: not a row as published: {e}") from None
         if converted is None:
             return None
-        key = _digest(_encode(converted))
-        self._seen[key] += 1
-        return converted if self._seen[key] == 1 else {**converted, "occurrence": self._seen[key]}
+        _, earlier = self._seen.add(_encode(converted))
+        return {**converted, "occurrence": earlier + 1} if earlier else converted
 
 
 def materialize(
@@ -218,16 +221,19 @@ def examine(
         DataError: the file cannot be read.
     """
     builder = _RowBuilder("", prompt, required, {}, own_input=own_input)
-    first: dict[bytes, int] = {}
+    texts, first_line = Occurrences(), array("I")
     for line, text in _lines(path):
-        where, row, params = f"{path}:{line}", {}, {}
-        problem, same_as = "", first.setdefault(_digest(text), line)
+        where, row, params, problem = f"{path}:{line}", {}, {}, ""
+        number, earlier = texts.add(text)
+        if not earlier:
+            first_line.append(line)
         try:
             row = parse_row(text, where)
             params = builder.params(row, where)
         except DataError as e:
             problem = str(e)
-        yield Examined(line=line, row=row, params=params, problem=problem, same_as=same_as if same_as != line else None)
+        same_as = first_line[number] if earlier else None
+        yield Examined(line=line, row=row, params=params, problem=problem, same_as=same_as)
 
 
 def expand(tasks: Iterable[TaskRow], repeats: int, *, seeds: int | None = None) -> Iterator[RolloutRow]:
@@ -297,18 +303,19 @@ def dataset_digest(path: Path, compressed: bool | None = None) -> str:
 
 
 class _TaskNumbers:
-    """Task index and occurrence of each row. Holds a digest of 16 bytes per task."""
+    """Task index and occurrence of each row."""
 
     def __init__(self) -> None:
-        self._by_text: dict[bytes, int] = {}
-        self._rows: dict[int, int] = {}
-        """Of the tasks that have more than one."""
-        self._contents: dict[int, bytes] = {}
+        self._tasks = Occurrences()
+        """By text, or by the index where rows say their task."""
+        self._contents = Occurrences()
+        self._first_content = array("I")
+        """By task: the number of its first row's content."""
         self._warned = False
         self._stamped: bool | None = None
 
     def __len__(self) -> int:
-        return len(self._by_text) + len(self._contents)
+        return len(self._tasks)
 
     def of(self, text: bytes, row: Row, where: str) -> tuple[int, int]:
         stamp = row.get(TASK_KEY)
@@ -316,25 +323,20 @@ class _TaskNumbers:
             self._stamped = stamp is not None
         if self._stamped != (stamp is not None):
             raise DataError(f"{where}: {TASK_KEY} must be in every row or in none, or tasks would be mixed up")
-        known = len(self)
-        task = self._next(text) if stamp is None else self._stamped_task(stamp, row, where)
-        if len(self) > known:
-            return task, 0
-        occurrence = self._rows.get(task, 1)
-        self._rows[task] = occurrence + 1
-        return task, occurrence
+        return self._tasks.add(text) if stamp is None else self._of_stamped(stamp, row, where)
 
-    def _stamped_task(self, stamp: msgspec.Raw, row: Row, where: str) -> int:
+    def _of_stamped(self, stamp: msgspec.Raw, row: Row, where: str) -> tuple[int, int]:
         task = _task_index(stamp, where)
+        number, occurrence = self._tasks.add(b"%d" % task)
         # Create params and agents may differ from rollout to rollout of one task.
-        content = _digest(_encode({k: v for k, v in row.items() if not k.startswith("_ng_") and k not in PER_ROLLOUT}))
-        if self._contents.setdefault(task, content) != content and not self._warned:
+        shared = {k: v for k, v in row.items() if not k.startswith("_ng_") and k not in PER_ROLLOUT}
+        content, _ = self._contents.add(_encode(shared))
+        if not occurrence:
+            self._first_content.append(content)
+        elif self._first_content[number] != content and not self._warned:
             self._warned = True
             log.warning("one_task_index_for_different_rows", row=where, task_index=task)
-        return task
-
-    def _next(self, text: bytes) -> int:
-        return self._by_text.setdefault(_digest(text), len(self._by_text))
+        return task, occurrence
 
 
 def _task_index(stamp: msgspec.Raw, where: str) -> int:
@@ -345,10 +347,6 @@ def _task_index(stamp: msgspec.Raw, where: str) -> int:
     if index < 0:
         raise DataError(f"{where}: {TASK_KEY} must be an integer from 0, not {bytes(stamp).decode()[:40]}")
     return index
-
-
-def _digest(text: bytes) -> bytes:
-    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 class _RowBuilder:
@@ -436,11 +434,17 @@ def _missing(keys: Sequence[str], row: Mapping[str, Any]) -> str:
 def _check_params(params: dict[str, Any], where: str) -> None:
     from gym_bus.models.schema import check_create_params  # only who materializes rows needs the schema
 
-    check_create_params(_without_nulls(params), where)
+    check_create_params(_checked_part(params), where)
 
 
-def _without_nulls(value: Any) -> Any:
-    """A key that is null counts as not given, at any depth: NeMo Gym writes rows out with all their defaults."""
+def _checked_part(value: Any) -> Any:
+    """Create params without what does not matter to their check.
+
+    A key that is null counts as not given, at any depth: NeMo Gym writes rows out with all their defaults. Texts are
+    cut: no type bounds their length, and pydantic leaves reference cycles that hold them until Python looks for some.
+    """
     if isinstance(value, dict):
-        return {key: _without_nulls(below) for key, below in value.items() if below is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: _checked_part(below) for key, below in value.items() if below is not None}
+    if isinstance(value, list):
+        return [_checked_part(item) for item in value]
+    return value[:CHECKED_CHARACTERS] if isinstance(value, str) else value

@@ -42,6 +42,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 AUTOMATIC = Options()
+TASKS_AT_A_TIME = 4096
 
 
 class SubsetProfile(msgspec.Struct, frozen=True, kw_only=True):
@@ -293,21 +294,26 @@ def _shown(values: dict[str, float], whole: Set[str]) -> Metrics:
 
 
 def _task_rows(table: Table) -> Iterator[Metrics]:
-    """The statistics of every task; `sample` left out."""
-    described = describe(len(table.tasks), table.row_task, table.numbers)
-    expected, scored, failed = table.task_expected.tolist(), table.task_scored.tolist(), table.task_failed.tolist()
-    end = np.cumsum(scored).tolist()
-    for at, index in enumerate(table.tasks.tolist()):
-        yield {
-            "_ng_task_index": index,
-            **_shown({metric: float(values[at]) for metric, values in described.items()}, table.whole),
-            "num_rollouts": scored[at],
-            "expected_num_rollouts": expected[at],
-            "missing_num_rollouts": expected[at] - scored[at],
-            "failed_num_rollouts": failed[at],
-            "reward_profile_completion_pct": 100.0 * scored[at] / expected[at],
-            "rollout_infos": _infos(table, index, end[at] - scored[at], end[at]),
-        }
+    """The statistics of every task; `sample` left out. Of some tasks at a time: each has fifty numbers and more."""
+    expected, scored, failed = table.task_expected, table.task_scored, table.task_failed
+    end = np.cumsum(scored)
+    for first in range(0, len(end), TASKS_AT_A_TIME):
+        part = slice(first, first + TASKS_AT_A_TIME)
+        rows = slice(end[first] - scored[first], end[part][-1])
+        numbers = {name: values[rows] for name, values in table.numbers.items()}
+        described = describe(len(end[part]), table.row_task[rows] - first, numbers)
+        columns = (values[part].tolist() for values in (table.tasks, expected, scored, failed, end))
+        for at, (index, due, done, lost, behind) in enumerate(zip(*columns, strict=True)):
+            yield {
+                "_ng_task_index": index,
+                **_shown({metric: float(values[at]) for metric, values in described.items()}, table.whole),
+                "num_rollouts": done,
+                "expected_num_rollouts": due,
+                "missing_num_rollouts": due - done,
+                "failed_num_rollouts": lost,
+                "reward_profile_completion_pct": 100.0 * done / due,
+                "rollout_infos": _infos(table, index, behind - done, behind),
+            }
 
 
 def _infos(table: Table, index: int, start: int, end: int) -> list[Metrics]:

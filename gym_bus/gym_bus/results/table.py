@@ -116,6 +116,8 @@ class Table:
 
     def only(self, keep: Mask) -> Table:
         """The table of some rollouts, given as a mask of shape [rollouts]."""
+        if keep.all():
+            return self
         rows = keep[self.row_at]
         place = np.cumsum(keep) - 1
         return replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import msgspec
 
@@ -13,8 +13,6 @@ from gym_bus.messages import Attempt, Call, Policy, RolloutId, Timings, Usage
 from gym_bus.results.files import JobFiles
 from gym_bus.results.writer import ResultsWriter
 from gym_bus.workers.publish import (
-    BATCH,
-    BATCH_BYTES,
     Order,
     input_row,
     is_cancelled,
@@ -22,6 +20,7 @@ from gym_bus.workers.publish import (
     message_id,
     publish_patiently,
     publish_requests,
+    take_batch,
 )
 
 
@@ -135,8 +134,8 @@ class Again:
         return failed.stored_at if failed else -1
 
     async def _verify_again(self, stored: list[RolloutId], wanted: Wanted) -> None:
-        rollouts = iter(stored)
-        while batch := await asyncio.to_thread(self._take, rollouts, wanted):
+        attempts = filter(None, (self._attempt(rollout, wanted[rollout][0]) for rollout in stored))
+        while batch := await asyncio.to_thread(take_batch, attempts, lambda a: len(a.row) + len(a.response)):
             await asyncio.gather(*(self._publish(attempt, wanted) for attempt in batch))
             if await is_cancelled(self._bus, self._record.job):
                 break
@@ -146,18 +145,6 @@ class Again:
         if not await make_room(self._bus, attempt.rollout, number):
             return
         await publish_patiently(self._bus, attempt, message_id(attempt.rollout, number, issue))
-
-    def _take(self, rollouts: Iterator[RolloutId], wanted: Wanted) -> list[Attempt]:
-        batch: list[Attempt] = []
-        size = 0
-        for rollout in rollouts:
-            attempt = self._attempt(rollout, wanted[rollout][0])
-            if attempt is not None:
-                batch.append(attempt)
-                size += len(attempt.row) + len(attempt.response)
-            if len(batch) >= BATCH or size >= BATCH_BYTES:
-                break
-        return batch
 
     def _attempt(self, rollout: RolloutId, number: int) -> Attempt | None:
         line, row = self._writer.stored_line(rollout), self._writer.input_line(rollout)

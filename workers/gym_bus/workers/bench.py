@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from gym_bus.config import Config
 from gym_bus.errors import UsageError
 from gym_bus.results.profile import profile_job
 from gym_bus.results.reader import iter_jsonl
+from gym_bus.results.statistics import Floats
 from gym_bus.settings import ModelConfig
 from gym_bus.workers.capacity import Measured, Needs, needs
 from gym_bus.workers.local import LocalStack
@@ -303,10 +305,14 @@ class _Row(msgspec.Struct):
 def stages_of(rollouts: Path) -> dict[str, Stage]:
     """Mean, median and 99th percentile of each stage's seconds over the lines of a rollouts file."""
     decoder = msgspec.json.Decoder(_Row)
-    rows = [decoder.decode(data).gym_bus.timings for _, data in iter_jsonl(rollouts)]
-    made = {}
-    for stage in STAGES if rows else ():
-        seconds = np.array([row.get(stage, 0.0) for row in rows])
-        p50, p99 = np.percentile(seconds, [50, 99])
-        made[stage] = Stage(mean=float(seconds.mean()), p50=float(p50), p99=float(p99))
-    return made
+    columns = {stage: array("d") for stage in STAGES}
+    for _, data in iter_jsonl(rollouts):
+        timings = decoder.decode(data).gym_bus.timings
+        for stage, column in columns.items():
+            column.append(timings.get(stage, 0.0))
+    return {stage: _stage(np.array(column)) for stage, column in columns.items() if column}
+
+
+def _stage(seconds: Floats) -> Stage:
+    p50, p99 = np.percentile(seconds, [50, 99])
+    return Stage(mean=float(seconds.mean()), p50=float(p50), p99=float(p99))

@@ -248,8 +248,12 @@ class Size(msgspec.Struct, frozen=True):
 def size_of(plan: Plan) -> Size:
     """Read the job's rows, write nothing. Raises DataError where a row is broken; names file and line."""
     shard = plan.wanted.shard
-    indices = [task for task, _, _ in _lines(plan) if shard is None or task in shard]
-    return Size(tasks=len(set(indices)), rollouts=len(indices))
+    counts, rollouts = Counts(), 0
+    for task, rollout, _ in _lines(plan):
+        if shard is None or task in shard:
+            counts.add(task, rollout)
+            rollouts += 1
+    return Size(tasks=len(counts), rollouts=rollouts)
 
 
 class _Digests(msgspec.Struct, frozen=True):

@@ -25,7 +25,9 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 BATCH = 1024
-BATCH_BYTES = 16 * 2**20
+BATCH_BYTES = 4 * 2**20
+IN_FLIGHT = 256
+"""Requests of a batch that are encoded at a time; the broker's window takes no more, the others wait as rows."""
 _FIRST_INDEX = b'"_ng_task_index"'
 _INDICES = re.compile(_FIRST_INDEX + rb':\s*(\d+),\s*"_ng_rollout_index":\s*(\d+)\s*\}\s*$')
 
@@ -133,15 +135,15 @@ async def publish_requests(
     rows = read_inputs(inputs)
     await asyncio.to_thread(_skip, rows, start)
     behind, published = start, 0
-    while batch := await asyncio.to_thread(_take, rows):
-        requests = [
+    while batch := await asyncio.to_thread(take_batch, rows, lambda row: len(row.row)):
+        behind += len(batch)
+        requests = (
             (_request(order, row, number, group_size(row.task_index)), message_id(rollout, number, issue_of(rollout)))
             for row in batch
             if (number := number_of(rollout := RolloutId(order.job, row.task_index, row.rollout_index)))
-        ]
-        stored = await asyncio.gather(*(_publish(bus, r, name, order.lane) for r, name in requests))
-        behind += len(batch)
-        published += sum(stored)
+        )
+        published += sum(await asyncio.gather(*(_publish_each(bus, requests, order.lane) for _ in range(IN_FLIGHT))))
+        batch.clear()  # or it would still be there when the next one is read
         if watermark:  # behind the acks: a crash in between orders a batch twice, never loses one
             await _persist(bus, order.job, behind)
         if on_progress:
@@ -167,12 +169,13 @@ def _skip(rows: Iterator[InputRow], count: int) -> None:
     next(itertools.islice(rows, count, count), None)
 
 
-def _take(rows: Iterator[InputRow]) -> list[InputRow]:
-    batch: list[InputRow] = []
+def take_batch(items: Iterator[T], size_of: Callable[[T], int]) -> list[T]:
+    """The next items, as many as are read and published at a time, in count and bytes; none at the end."""
+    batch: list[T] = []
     size = 0
-    for row in rows:
-        batch.append(row)
-        size += len(row.row)
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
         if len(batch) >= BATCH or size >= BATCH_BYTES:
             break
     return batch
@@ -192,6 +195,11 @@ def _request(order: Order, row: InputRow, number: int, group_size: int) -> Reque
         policy_version=order.policy_version,
         limit_s=order.limit_s,
     )
+
+
+async def _publish_each(bus: Bus, requests: Iterator[tuple[Request, str]], lane: str) -> int:
+    """Publish one after another what others have left of `requests`; returns how many the broker did not have yet."""
+    return sum([await _publish(bus, request, name, lane) for request, name in requests])
 
 
 async def _publish(bus: Bus, request: Request, name: str, lane: str) -> bool:

@@ -31,7 +31,7 @@ from gym_bus.verifiers.registry import VERIFIERS
 from gym_bus.workers.again import stored_extra
 from gym_bus.workers.local import LocalStack
 from gym_bus.workers.plan import check_verifier
-from gym_bus.workers.publish import BATCH, message_id, publish_patiently
+from gym_bus.workers.publish import message_id, publish_patiently, take_batch
 from gym_bus.workers.results import ResultsConsumer
 from gym_bus.workers.run import Progress, enrol, retire
 
@@ -402,17 +402,17 @@ async def _publish(
     bus: Bus, record: JobRecord, plan: _Plan, options: bytes, issue_of: Callable[[int], int | None]
 ) -> None:
     rows = plan.rows()
-    while batch := await asyncio.to_thread(_take, rows):
+    while batch := await asyncio.to_thread(take_batch, rows, _size_of):
         attempts = [
             (_attempt(record, order, joined, options), issue)
-            for order, joined in batch
+            for order, _, joined in batch
             if (issue := issue_of(order)) is not None
         ]
         await asyncio.gather(*(publish_patiently(bus, a, message_id(a.rollout, 1, issue)) for a, issue in attempts))
 
 
-def _take(rows: Iterator[tuple[int, Path, Joined]]) -> list[tuple[int, Joined]]:
-    return [(order, joined) for order, _, joined in itertools.islice(rows, BATCH)]
+def _size_of(row: tuple[int, Path, Joined]) -> int:
+    return len(row[2].row) + len(row[2].response)
 
 
 def _attempt(record: JobRecord, order: int, joined: Joined, options: bytes) -> Attempt:
