@@ -16,6 +16,8 @@ from gym_bus.bus import Bus, Delivery, Pull
 from gym_bus.errors import FailureKind
 from gym_bus.jobs import Issued, JobProgress, JobRecord
 from gym_bus.messages import Attempt, Failed, Failure, Message, Policy, Request, RolloutId, Scored
+from gym_bus.models.fleet import Fleet, Member
+from gym_bus.models.pacing import Pacing
 from gym_bus.settings import BusConfig, StreamConfig
 from gym_bus.workers.loop import Cancellations, Doing, Loop, Source
 from gym_bus.workers.main import WorkerReport, _report
@@ -207,12 +209,21 @@ async def test_results_that_nobody_records(bus: Bus, silent_s: float | None, sai
     assert (wait.blocked, wait.count) == (blocked, 2 if silent_s is None else 1)
 
 
-async def test_an_endpoint_that_refuses_calls_is_named(job: Bus) -> None:
-    fleet = {"mode": "places", "limit": 8.0, "members": {"agent-1": {"beat": 7, "holds": 8.0, "wants": 100}}}
-    await job.put(subjects.LIMITS, "m", fleet)
+@pytest.mark.parametrize(
+    ("pacing", "takes"), [(Pacing(), "8 calls at a time"), (Pacing(pace=2.5), "2.5 calls per second")]
+)
+async def test_an_endpoint_that_refuses_calls_is_named(job: Bus, pacing: Pacing, takes: str) -> None:
+    members = {"agent-1": Member(places=8, busy=8, wants=100)}
+    await job.put(subjects.LIMITS, "m", Fleet(limit=8, members=members, pacing=pacing))
 
     (wait,) = waits_of(await told(job), "endpoint")
-    assert "the endpoint of model 'm' is in back-off: 8.0 calls at a time go through, 100 are wanted" in wait.what
+    assert wait.what == f"the endpoint of model 'm' refuses more than {takes}: 100 are wanted, the others wait here"
+
+
+async def test_an_endpoint_that_has_room_is_not(job: Bus) -> None:
+    await job.put(subjects.LIMITS, "m", Fleet(limit=8, members={"agent-1": Member(places=8, busy=2, wants=2)}))
+
+    assert not waits_of(await told(job), "endpoint")
 
 
 async def test_rollouts_that_the_bus_has_lost_are_counted(bus: Bus) -> None:

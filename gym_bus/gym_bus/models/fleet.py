@@ -5,27 +5,28 @@ longer uses, so that the parts never add up to more than the limit: whoever join
 change is one compare-and-swap of the whole record. No clock is compared with another machine's: a member that is gone
 shows by its beat, which stands still, and how long ago something changed everybody measures for itself.
 
-The limit is on calls in flight ("places"), as most endpoints have it, or on calls begun per second ("pace"). Which
-one is found by trying: where places are given up and refusals come all the same, though nothing was raised, the
-endpoint counts calls per second; and where slowing down does not help either, it refuses at random, and nobody is
-served by waiting.
+The limit is on calls in flight ("places"), as most endpoints have it, or on calls begun per second ("pace"): which
+way is better is found by trying (see `pacing`). Where places are given up and as many calls are refused as before, the
+endpoint refuses at random, and nobody is served by waiting.
 """
 
 from __future__ import annotations
 
-import itertools
+import copy
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
+from gym_bus.models import pacing
+from gym_bus.models.pacing import Ages, Measure, Pacing, Trial
 from gym_bus.models.throttle import RAMP_FLOOR, Tally, Throttle
 
 BUDGET_PER_CALL = 0.01
 """Part of the calls that may be refused: to find out whether the endpoint takes more, or because it is like that."""
 BUDGET_PER_S = 1 / 120
-MOST_BUDGET = 4.0
+MOST_BUDGET, MOST_DEBT = 4.0, -4.0
 CALLS_PER_FINDING = 2
 """Calls that are refused where there is a place too many: the second shows that the first was not by chance."""
 QUIET_S = 3.0
@@ -40,14 +41,7 @@ PRESSED = 0.97
 """Part of the places that must be taken before there are more: the last raise shows what it does only then."""
 MOST_RAISE = 0.05
 """Of the limit, in one raise. Raises double while they are found good."""
-PACE_RAISE = 0.01
-PACE_PROOF = 3.0
-"""Calls by which a raised pace must have gone beyond the one before, to be found good."""
-PACE_KEPT = 0.97
-LONG_S = 10.0
-LEAST_PACE = 1.0
 SPARE_PACE = 0.1
-PACE_HALF = 0.5
 LEAST_PART = 4.0
 """Calls per second of one member: many that call now and then do not make an even stream."""
 LOOK_REFUSED, LOOK_CALLS = 8, 400
@@ -65,12 +59,12 @@ ALIKE = 0.5
 NOISE_MARGIN = 1.5
 NOISE_SMOOTHING = 0.2
 MOST_NOISE = 0.35
-RATE_S = 2.0
-"""The time over which rates are taken."""
+BUSY_S = 0.9
+"""The time over which calls in flight are averaged."""
 START_S = 0.15
 """Between two processes that begin with an endpoint of which nothing is known."""
-LEASE_S = 4.0
-"""A member whose beat stands still for so long is gone."""
+SILENT_S, LEASE_S = 1.5, 4.0
+"""A member whose beat stands still for so long may be gone, is gone."""
 TURN_S = 5.0
 """Where there is too little for all members, how long some of them have it."""
 
@@ -86,10 +80,8 @@ class Member(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Its part of the pace."""
     wants: int = 0
     """Calls that it has, waiting ones included."""
-    busy: int = 0
-    """Those of them that are at the endpoint, or would be, had it not just refused them."""
-    rate: float = 0.0
-    """Calls of it that the endpoint took, per second, lately."""
+    busy: float = 0
+    """Those of them that are at the endpoint, or would be, had it not just refused them; with a pace, on average."""
 
 
 class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -97,8 +89,7 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     limit: int | None = None
     """Places: calls in flight. None before the first refusal."""
-    pace: float = 0.0
-    """Calls begun per second; 0 for any number."""
+    pacing: Pacing = msgspec.field(default_factory=Pacing)
     members: dict[str, Member] = {}
     begun: int = 0
     """Counts processes that began while there was no limit."""
@@ -114,10 +105,6 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Calls refused since."""
     raise_explained: int = 0
     """Those of them that it explains: as many of its places were too many."""
-    best_rate: float = 0.0
-    """Calls taken per second at best since there is a pace."""
-    good_pace: float = 0.0
-    """The pace before its last raise; 0 where there was none."""
     since_raise: int = 0
     """Calls taken since."""
     refused: int = 0
@@ -138,6 +125,21 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Share of calls that is refused whatever the load."""
     turn: int = 0
 
+    @property
+    def wanted(self) -> int:
+        """Calls that there are, waiting ones included."""
+        return sum(member.wants for member in self.members.values())
+
+    @property
+    def busy(self) -> float:
+        """Calls at the endpoint."""
+        return sum(member.busy for member in self.members.values())
+
+    @property
+    def pace(self) -> float:
+        """Calls begun per second; 0 for any number."""
+        return self.pacing.pace
+
     def has_to_spare(self, giver: str) -> bool:
         """Whether there is something free that another member than `giver` waits for."""
         if self.limit is None:
@@ -145,7 +147,7 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
         others = [member for name, member in self.members.items() if name != giver]
         free = self.limit - sum(member.places for member in self.members.values())
         pace = self.pace - sum(member.pace for member in self.members.values())
-        if free >= 1 and any(member.wants > member.places for member in others):
+        if not self.pace and free >= 1 and any(member.wants > member.places for member in others):
             return True
         return pace > SPARE_PACE * self.pace and any(member.wants for member in others)
 
@@ -181,9 +183,10 @@ class Partner:
         self._name, self._throttle = name, throttle
         self._watch = _Watch()
         self._due = Tally()
-        self._taken: deque[tuple[float, int]] = deque()
+        self._flown: deque[tuple[float, float]] = deque()
         self._stored_at: float | None = None
         self._first = 0
+        self._unbound = False
         self._places: int | None = None
         self._joined = False
         self.begun = False
@@ -200,13 +203,16 @@ class Partner:
         self._collect(now)
         for field in _WATCHED:
             self._watch.age_s(field, getattr(known, field), now)
-        fleet = msgspec.structs.replace(known, members=self._living(known, now))
+        ages = Ages(
+            change_s=self._watch.age_s("changes", known.pacing.changes, now),
+            turn_s=self._watch.age_s("turns", known.pacing.turns, now),
+        )
+        fleet = msgspec.structs.replace(known, members=self._living(known, now), pacing=copy.deepcopy(known.pacing))
         me = fleet.members.pop(self._name, None) or Member()
         self._joined = self._joined and me.beat > 0
         wants = self._throttle.in_flight + (0 if self._throttle.closed(now) else waiting)
-        me = msgspec.structs.replace(
-            me, beat=me.beat + 1, wants=wants, busy=self._throttle.busy, rate=round(self._rate(now), 3)
-        )
+        busy = self._in_flight(now) if known.pace else self._throttle.busy
+        me = msgspec.structs.replace(me, beat=me.beat + 1, wants=wants, busy=busy)
         self._first = 0
         if fleet.limit is None:
             self._without_limit(fleet, me, now)
@@ -214,8 +220,14 @@ class Partner:
             self._with_limit(fleet, me)
         fleet.members[self._name] = me
         self._account(fleet, me, now)
-        self._look(fleet)
-        raised = self._raise(fleet, now) if waiting and fleet.limit is not None and fleet.trial is None else 0
+        raised = 0
+        if fleet.limit is not None:
+            self._choose(fleet, ages, bool(waiting), now)
+        if not fleet.pace:
+            if fleet.pacing.trial is None:
+                self._look(fleet)
+            if waiting and fleet.limit is not None and fleet.trial is None:
+                raised = self._raise(fleet, now)
         self._share(fleet, me, raised, now)
         if not staying:
             del fleet.members[self._name]
@@ -231,6 +243,7 @@ class Partner:
                 throttle.places = 0
             return
         throttle.pace = me.pace if fleet.pace else None
+        throttle.excess = me.places - self._places if self._places is not None and not fleet.pace else 0
         if self._places is not None:
             throttle.places = max(0, self._places - throttle.tally.lost)
         elif self._first:
@@ -253,15 +266,16 @@ class Partner:
     def _collect(self, now: float) -> None:
         throttle = self._throttle
         self._due += throttle.tally
-        self._taken.append((now, throttle.tally.taken))
         throttle.tally = Tally()
 
-    def _rate(self, now: float) -> float:
-        taken = self._taken
-        while len(taken) > 1 and taken[1][0] < now - RATE_S:
-            taken.popleft()
-        over_s = now - taken[0][0]
-        return sum(count for _, count in itertools.islice(taken, 1, None)) / over_s if over_s > 0 else 0.0
+    def _in_flight(self, now: float) -> float:
+        """Of the calls of this process, on average over some time."""
+        flown = self._flown
+        flown.append((now, self._throttle.flown(now)))
+        while len(flown) > 2 and flown[1][0] < now - BUSY_S:
+            flown.popleft()
+        over_s = now - flown[0][0]
+        return round((flown[-1][1] - flown[0][1]) / over_s, 3) if over_s > 0 else self._throttle.in_flight
 
     def _living(self, fleet: Fleet, now: float) -> dict[str, Member]:
         living = {
@@ -271,6 +285,10 @@ class Partner:
         }
         self._watch.forget(fleet.members.keys() - living.keys())
         return living
+
+    def _all_there(self, fleet: Fleet, now: float) -> bool:
+        """Whether what the members told of their calls is still true."""
+        return all(self._watch.age_s(name, member.beat, now) < SILENT_S for name, member in fleet.members.items())
 
     # -- what happened -------------------------------------------------------------------------------------------------
 
@@ -282,8 +300,12 @@ class Partner:
             fleet.begun += self._first > 0
         elif throttle.places is not None and self._due.limited:
             me.places = throttle.places
-            fleet.limit = max(1, me.places + sum(member.places for member in fleet.members.values()))
+            taken = me.places + sum(member.places for member in fleet.members.values())
+            if not taken:  # it takes nothing now, which says nothing of its limit
+                return
+            fleet.limit, fleet.budget = taken, CALLS_PER_FINDING  # one raise, to begin with
             self._raised(fleet, fleet.limit)  # what is refused now is the doing of the ramp
+            fleet.pacing.found()
             fleet.streak = fleet.look_taken = fleet.look_refused = 0
 
     def _first_calls(self, fleet: Fleet, now: float) -> int:
@@ -314,13 +336,17 @@ class Partner:
         fleet.budget = min(MOST_BUDGET, fleet.budget + earned)
         fleet.since_raise += due.taken
         fleet.refused += due.refused
-        explained = self._explained(fleet, now) if due.odd else 0
+        explained = self._explained_now = self._explained(fleet, now) if due.odd else 0
         fleet.look_taken += due.taken
         fleet.look_refused += due.odd - explained
         noisy = fleet.noise >= TROUBLE  # single refusals say nothing then
-        covered = due.odd - explained if noisy else min(due.odd - explained, int(fleet.budget))
-        fleet.budget = max(0.0, fleet.budget - CALLS_PER_FINDING * due.odd)
-        if fleet.limit is not None and not fleet.pace and fleet.trial is None:
+        covered = due.odd - explained if noisy else min(due.odd - explained, max(0, int(fleet.budget)))
+        least = MOST_DEBT if fleet.pace else min(0.0, fleet.budget)
+        fleet.budget = max(least, fleet.budget - CALLS_PER_FINDING * due.odd)
+        settling = self._watch.age_s("turns", fleet.pacing.turns, now) < pacing.DEAF_S and not fleet.pacing.fresh
+        if settling and fleet.pacing.turns:  # what is refused may be due to the way before
+            fleet.look_taken = fleet.look_refused = 0
+        elif fleet.limit is not None and not fleet.pace and fleet.trial is None:
             self._lower(fleet, me, due.odd - covered)
 
     def _lower(self, fleet: Fleet, me: Member, places: int) -> None:
@@ -339,10 +365,6 @@ class Partner:
         beyond = min(int(fleet.raise_refused - usual) - fleet.raise_explained, self._due.odd)
         if beyond <= 0:
             return 0
-        if fleet.good_pace and fleet.since_raise < 2 * PACE_PROOF / PACE_RAISE:
-            fleet.pace, fleet.good_pace = PACE_KEPT * fleet.good_pace, 0.0
-            fleet.streak = 0
-            return beyond
         if self._age_s(fleet, "raised", now) >= EXPLAINED_S:
             return 0
         explained = min(beyond, fleet.raise_places - fleet.raise_explained)
@@ -350,6 +372,62 @@ class Partner:
         if fleet.since_raise > explained:  # else it takes nothing at all now
             fleet.high = max(1, (fleet.limit or 1) - explained)
         return explained
+
+    # -- the two ways --------------------------------------------------------------------------------------------------
+
+    def _choose(self, fleet: Fleet, ages: Ages, waiting: bool, now: float) -> None:
+        """Try the other way from time to time, and keep the better one; keep the pace, where that is the way."""
+        known, due = fleet.pacing, self._due
+        if self._throttle.closed(now) and known.trial is None:  # it takes nothing, which says nothing of either way
+            return
+        since_s = now - self._stored_at if self._stored_at is not None else 0.0
+        crew = len(fleet.members)
+        pacing.account(known, Measure(since_s / crew, due.taken, due.refused), ages, crew)
+        kept = pacing.verdict(known, self._throttle.mean_s)
+        if kept is not None:
+            self._end_trial(fleet, kept)
+        elif waiting and known.trial is None and pacing.is_time(known, ages):
+            self._try_other(fleet, now)
+        if known.pace:
+            pacing.adjust(known, ages, may_raise=waiting, may_fail=fleet.budget >= pacing.FINDING)
+
+    def _try_other(self, fleet: Fleet, now: float) -> None:
+        known, limit = fleet.pacing, fleet.limit or 1
+        troubled = known.troubled
+        few = limit < len(fleet.members) and not troubled
+        if few or fleet.noise >= TROUBLE or fleet.trial is not None or not self._all_there(fleet, now):
+            return
+        in_flight = fleet.busy
+        if known.pace:
+            if self._age_s(fleet, "refused", now) >= QUIET_S:
+                known.trial = Trial(known.way, pace=known.pace)
+                self._use_places(fleet, max(1, int(pacing.PLACES_FROM * in_flight)))
+        elif not fleet.streak and in_flight >= PRESSED * limit and (troubled or fleet.budget >= pacing.FINDING):
+            known.trial = Trial(known.way, places=limit)
+            known.turn(pacing.PACE_FROM * known.way.rate)
+
+    def _end_trial(self, fleet: Fleet, kept: bool) -> None:
+        known, trial = fleet.pacing, fleet.pacing.trial
+        assert trial is not None
+        known.trial = None
+        if kept:
+            known.trials, known.other = 0, trial.before.rate
+            known.turns += 1
+            return
+        known.trials += 1
+        if trial.pace:
+            known.turn(trial.pace)
+            known.bound = trial.pace
+        else:
+            self._use_places(fleet, trial.places)
+        known.way, known.other = trial.before, 0.0
+
+    def _use_places(self, fleet: Fleet, places: int) -> None:
+        fleet.pacing.turn(0.0)
+        fleet.limit = fleet.high = places
+        fleet.look_taken = fleet.look_refused = 0
+        self._raised(fleet, 0)
+        fleet.streak = 0
 
     def _look(self, fleet: Fleet) -> None:
         """Find out why calls are refused, where they are more than raises explain."""
@@ -373,19 +451,14 @@ class Partner:
         if share < fleet.noise:
             fleet.noise += (share - fleet.noise) * NOISE_SMOOTHING
         elif TROUBLE + NOISE_MARGIN * fleet.noise < share < CLOSED:
-            self._try_less(fleet, share, taken)
+            self._try_less(fleet, share)
 
-    def _try_less(self, fleet: Fleet, share: float, taken: int) -> None:
+    def _try_less(self, fleet: Fleet, share: float) -> None:
         places = fleet.limit or max(1, sum(member.places for member in fleet.members.values()))
-        rate = _rate_of(fleet)
-        if fleet.pace:
-            fleet.best_rate = max(fleet.best_rate, rate)
-            fleet.pace = max(LEAST_PACE, PACE_HALF * fleet.best_rate, fleet.pace * (1 - share))
-        elif fleet.limit is None:  # as many as there are, first: they are what it takes, found by several at a time
+        if fleet.limit is None:  # as many as there are, first: they are what it takes, found by several at a time
             fleet.limit = places
             self._raised(fleet, places)
-        elif places == 1 and self._throttle.quick and taken:  # it is not their number: it counts calls per second
-            fleet.pace, fleet.limit, fleet.best_rate = max(LEAST_PACE, PACE_KEPT * rate), len(fleet.members), rate
+            fleet.pacing.found()
         elif places > 1:
             fleet.trial = (places, share, 1)
             fleet.limit = max(1, int(TRIED * places))
@@ -406,23 +479,18 @@ class Partner:
     def _raise(self, fleet: Fleet, now: float) -> int:
         """Raise the limit where it is time to; returns the number of further places."""
         calm = self._age_s(fleet, "lowered", now) >= QUIET_S and self._age_s(fleet, "raised", now) >= RAISE_S
-        if not calm or fleet.limit is None:
+        if not calm or fleet.limit is None or not self._all_there(fleet, now):
             return 0
         back = fleet.limit < BACK * fleet.high  # it had more before it took nothing for a while
         if not (back or fleet.streak or fleet.budget >= CALLS_PER_FINDING):
             return 0
-        if sum(member.busy for member in fleet.members.values()) >= PRESSED * fleet.limit:
+        if fleet.busy >= PRESSED * fleet.limit:
             if not back:
                 fleet.high = fleet.limit
             step = max(1, fleet.limit // 2) if back else min(2**fleet.streak, max(1, int(MOST_RAISE * fleet.limit)))
             fleet.limit += step
             self._raised(fleet, step)
             return step
-        if fleet.pace and self._throttle.busy < (self._throttle.places or 0):
-            share = min(PACE_RAISE * 2**fleet.streak, MOST_RAISE)
-            if fleet.since_raise >= PACE_PROOF / share or self._age_s(fleet, "refused", now) >= LONG_S:
-                self._raised(fleet, 0)
-                fleet.good_pace, fleet.pace = fleet.pace, fleet.pace * (1 + share)
         return 0
 
     @staticmethod
@@ -430,7 +498,7 @@ class Partner:
         fleet.raised += 1
         fleet.streak += 1
         fleet.raise_places, fleet.raise_refused, fleet.raise_explained = places, 0, 0
-        fleet.good_pace, fleet.since_raise = 0.0, 0
+        fleet.since_raise = 0
 
     def _share(self, fleet: Fleet, me: Member, raised: int, now: float) -> None:
         self._places = None
@@ -440,6 +508,12 @@ class Partner:
         scarce = len(wants) > fleet.limit or (fleet.pace and len(wants) * LEAST_PART > fleet.pace)
         if scarce and self._watch.age_s("turn", fleet.turn, now) >= TURN_S:
             fleet.turn += 1
+        me.pace = self._pace_of(fleet, me, wants)
+        if fleet.pace:
+            self._places, me.places, self._unbound = me.wants + RAMP_FLOOR, self._throttle.in_flight + 1, True
+            return
+        if self._unbound:  # others have what is beyond our part
+            self._unbound, me.places = False, min(me.places, self._throttle.in_flight)
         free = fleet.limit - sum(member.places for member in fleet.members.values())
         fair = fair_places(fleet.limit, wants, fleet.turn).get(self._name, 0)
         if raised:  # whoever raises is short of places, and tries them at once
@@ -449,13 +523,12 @@ class Partner:
         else:
             me.places += max(0, min(fair - me.places, free))
         self._places = me.places if raised else min(fair, me.places)
-        free_pace = max(0.0, fleet.pace - sum(member.pace for member in fleet.members.values()))
-        fair_pace = fair_rates(fleet.pace, wants, fleet.turn).get(self._name, 0.0)
-        me.pace += min(fair_pace - me.pace, free_pace)
 
-
-def _rate_of(fleet: Fleet) -> float:
-    return sum(member.rate for member in fleet.members.values())
+    def _pace_of(self, fleet: Fleet, me: Member, wants: dict[str, int]) -> float:
+        if not fleet.pace:
+            return 0.0
+        free = max(0.0, fleet.pace - sum(member.pace for member in fleet.members.values()))
+        return me.pace + min(fair_rates(fleet.pace, wants, fleet.turn).get(self._name, 0.0) - me.pace, free)
 
 
 def fair_rates(limit: float, wants: dict[str, int], turn: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ RIPE_S = 0.05
 """An endpoint that is full says so at once: a call that has been there for so long was taken."""
 STRIKES = 3
 """Refusals at the same number of calls, while none was taken beyond it, before that counts as the limit."""
-ROUNDS_TO_CLOSE = 3
+ROUNDS_TO_CLOSE, ROUNDS_TO_CLOSE_PACED = 3, 10
 """Refusals in a row, each of a call that began after the one before was known: the endpoint takes no more now."""
 LEAST_REST_S, MOST_REST_S = 0.02, 0.5
 SLOW_KEPT = 0.7
@@ -31,7 +31,6 @@ SLOW_KEPT = 0.7
 SLOW_SHARE = 0.1
 """Of the calls, smoothed, that must time out before it counts as overload: one answer may always be too long."""
 SMOOTHING = 0.05
-QUICK_S, QUICK_CALLS = 0.1, 10
 LATE_S = 0.02
 """A start that is so late is made up for: event loops are."""
 
@@ -114,6 +113,8 @@ class Throttle:
         self.places = places
         self.pace: float | None = None
         """Calls that may begin per second; None for any number."""
+        self.excess = 0
+        """Places beyond these that it still has, until the calls there are over."""
         self.in_flight = 0
         self.taken_at = float("-inf")
         """When the endpoint was last seen to take a call."""
@@ -129,9 +130,11 @@ class Throttle:
         self._taken_of: int | None = None
         self._ceiling: int | None = None
         self._strikes = 0
-        self._next_start = float("-inf")
+        self._paced_at = float("-inf")
         self._learned = 0
         self._mean_s = self._slow_share = 0.0
+        self._flown_s = 0.0
+        self._flown_at = 0.0
 
     # -- what the fleet asks and tells ---------------------------------------------------------------------------------
 
@@ -139,7 +142,9 @@ class Throttle:
     def dirty(self) -> bool:
         """Whether the fleet should hear of it soon."""
         return (
-            self.tally.refused > 0 or self.tally.lost > 0 or (self.places is not None and self.in_flight > self.places)
+            self.tally.refused > 0
+            or self.tally.lost > 0
+            or (self.places is not None and self.excess > 0 and self.in_flight < self.places + self.excess)
         )
 
     @property
@@ -153,9 +158,15 @@ class Throttle:
         return self.in_flight + len(self._resting)
 
     @property
-    def quick(self) -> bool:
-        """Whether its calls are so short that one place is more than an endpoint may allow per second."""
-        return self._learned >= QUICK_CALLS and self._mean_s < QUICK_S
+    def mean_s(self) -> float:
+        """What a call takes, on average of late."""
+        return self._mean_s
+
+    def flown(self, now: float) -> float:
+        """The seconds of all calls so far, one beside the other."""
+        self._flown_s += self.in_flight * (now - self._flown_at)
+        self._flown_at = now
+        return self._flown_s
 
     def begin(self, calls: int | None = None) -> None:
         """There is no limit: let so many calls in, or as many as before, and more as the endpoint takes them."""
@@ -177,7 +188,7 @@ class Throttle:
             if now < self._closed_until:
                 return False
             self._open_again(now)
-        if self._full or now < self._next_start or self.pace == 0:
+        if self._full or now < self._next_start:
             return False
         return self.in_flight + len(self._resting) + 1 <= self._ramp
 
@@ -185,13 +196,19 @@ class Throttle:
     def _full(self) -> bool:
         return self.places is not None and self.in_flight + len(self._resting) >= self.places
 
+    @property
+    def _next_start(self) -> float:
+        if self.pace is None:
+            return -math.inf
+        return self._paced_at + 1 / self.pace if self.pace else math.inf
+
     def room_at(self, now: float) -> float | None:
         """When time alone may make room; None where something else must happen first."""
         if self._closed_until is not None and now < self._closed_until:
             return self._closed_until
         if self._full:
             return self._resting[0] if self._resting else None
-        if self.pace == 0:
+        if self._next_start == math.inf:
             return None
         if self.in_flight + len(self._resting) + 1 > self._ramp:
             ripe_at = self._young[0].started_at + RIPE_S if self._young else math.inf
@@ -201,17 +218,18 @@ class Throttle:
 
     def start(self, now: float) -> Ticket:
         """A call begins; `room` has been asked."""
+        self.flown(now)
         self.in_flight += 1
         ticket = Ticket(now, self.in_flight)
         ticket.probe = self._suspect > 0
         self._suspect -= ticket.probe
         self._young.append(ticket)
-        if self.pace:
-            self._next_start = max(now - LATE_S, self._next_start) + 1 / self.pace
+        self._paced_at = max(now - LATE_S, self._next_start) if self.pace else now
         return ticket
 
     def end(self, ticket: Ticket, now: float, end: End, retry_after_s: float | None = None) -> None:
         """A call is over. `retry_after_s` is the wish of an endpoint that refused."""
+        self.flown(now)
         self.in_flight -= 1
         ticket.ended = True
         if end is End.TAKEN:
@@ -265,9 +283,10 @@ class Throttle:
             self._suspect += 1
         if frontier:
             self._hold(ticket, now)
-        elif self._rounds == ROUNDS_TO_CLOSE and self.in_flight:
+        elif self._rounds == ROUNDS_TO_CLOSE and self.in_flight and not self.pace:
             self._keep(self.in_flight)
-        if self._rounds > ROUNDS_TO_CLOSE or (self._rounds == ROUNDS_TO_CLOSE and not self.in_flight):
+        rounds = ROUNDS_TO_CLOSE_PACED if self.pace else ROUNDS_TO_CLOSE
+        if self._rounds > rounds or (self._rounds == ROUNDS_TO_CLOSE and not self.in_flight):
             wait_s = max(self._backoff.wait_s(self._rounds), min(retry_after_s or 0.0, self._backoff.most_asked_s))
             self._close(now + wait_s)
 
@@ -280,8 +299,8 @@ class Throttle:
         elif ticket.started_at <= self._held_at:
             self._taken_of -= 1
         self._close(now + RIPE_S)
-        if self._strikes >= STRIKES and (taken := max(self._taken_of, self._ceiling - 1)):
-            self._keep(taken)
+        if self._strikes >= STRIKES:
+            self._keep(max(self._taken_of, self._ceiling - 1))
 
     def _close(self, until: float) -> None:
         self._closed_until = max(self._closed_until or until, until)

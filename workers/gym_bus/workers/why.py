@@ -22,6 +22,7 @@ from gym_bus.bus.look import (
 )
 from gym_bus.jobs import Issued, JobProgress, JobRecord
 from gym_bus.messages import RolloutId
+from gym_bus.models.fleet import Fleet
 from gym_bus.timing import since
 from gym_bus.workers.accounting import read_account
 from gym_bus.workers.audit import audit_files
@@ -302,33 +303,17 @@ def _at_work(doing: Doing, report: WorkerReport, role: str) -> Wait:
 # -- the endpoint ------------------------------------------------------------------------------------------------------
 
 
-class _Member(msgspec.Struct):
-    holds: float = 0.0
-    wants: int = 0
-
-
-class _Endpoint(msgspec.Struct):
-    """What agent workers know together of a model's endpoint, as far as it is told here."""
-
-    mode: str = ""
-    limit: float = 0.0
-    members: dict[str, _Member] = {}
-
-
 async def _endpoints(bus: Bus, seen: _Seen) -> list[Wait]:
     if not seen.waiting(subjects.REQUESTS):
         return []
     found = []
     for key in await bus.keys(subjects.LIMITS):
-        endpoint: _Endpoint = await bus.get(subjects.LIMITS, key, _Endpoint) or _Endpoint()
-        wanted = sum(member.wants for member in endpoint.members.values())
-        if endpoint.mode not in ("places", "pace") or wanted <= endpoint.limit:
+        fleet = await bus.get(subjects.LIMITS, key, Fleet)
+        if fleet is None or fleet.limit is None or fleet.wanted <= fleet.busy:
             continue
-        unit = "at a time" if endpoint.mode == "places" else "per second"
-        what = (
-            f"the endpoint of model {key!r} is in back-off: {endpoint.limit:,.1f} calls {unit} go through, "
-            f"{wanted:,} are wanted"
-        )
+        takes = f"{fleet.pace:,.1f} calls per second" if fleet.pace else f"{fleet.limit:,} calls at a time"
+        wanted = fleet.wanted
+        what = f"the endpoint of model {key!r} refuses more than {takes}: {wanted:,} are wanted, the others wait here"
         found.append(Wait(stage="endpoint", what=what, count=wanted))
     return found
 
