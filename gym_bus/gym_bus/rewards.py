@@ -27,6 +27,7 @@ import msgspec
 
 from gym_bus import subjects
 from gym_bus.bus import Bus, Delivery, Pull, as_result
+from gym_bus.deadline import within
 from gym_bus.errors import BusError, FailureKind, UsageError
 from gym_bus.jobs import JobRecord
 from gym_bus.logs import get_logger
@@ -336,7 +337,7 @@ class RewardStream:
             if wait_s <= 0:
                 return None
             try:
-                delivery = await asyncio.wait_for(self._arrived.get(), wait_s)
+                delivery = await within(wait_s, self._arrived.get())
             except TimeoutError:
                 self._check_room()
                 if not self._follow and await self._over():

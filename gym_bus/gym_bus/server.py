@@ -16,6 +16,7 @@ import sysconfig
 import time
 from pathlib import Path
 
+from gym_bus.deadline import within
 from gym_bus.errors import BusError, UsageError
 from gym_bus.logs import get_logger
 from gym_bus.settings import EmbeddedConfig, MiB
@@ -161,8 +162,8 @@ class EmbeddedServer:
 
     async def _answers(self) -> bool:
         try:
-            reader, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", self.port), 1.0)
-            greeting = await asyncio.wait_for(reader.readline(), 1.0)
+            reader, writer = await within(1.0, asyncio.open_connection("127.0.0.1", self.port))
+            greeting = await within(1.0, reader.readline())
         except (OSError, TimeoutError):
             return False
         writer.close()
@@ -228,7 +229,7 @@ class EmbeddedServer:
             return
         process.send_signal(signal.SIGTERM)
         try:
-            await asyncio.wait_for(process.wait(), limit_s)
+            await within(limit_s, process.wait())
         except TimeoutError:
             process.kill()
             await process.wait()

@@ -264,15 +264,41 @@ async def test_a_stopped_pull_leaves_nothing_leased_to_nobody(bus: Bus) -> None:
     await bus.consumer(
         subjects.REQUESTS, "test", subjects.request("batch", "simple", "*"), max_ack_pending=10_000, max_deliver=-1
     )
-    for _ in range(10):
+    taken = 0
+    for moment in range(10):
         got: list[Delivery] = []
         pull = Pull(bus, subjects.REQUESTS, "test", got.append, lambda: 1000, takes_late=True)
         await pull.start()
+        for _ in range(3 * moment):
+            await asyncio.sleep(0)
         await pull.stop()
         info = await bus.consumer_info(subjects.REQUESTS, "test")
         assert info.num_ack_pending == len(got)
-        for delivery in got:
-            await bus.ack_confirmed(delivery.reply)
+        await asyncio.gather(*(bus.ack_confirmed(delivery.reply) for delivery in got))
+        taken += len(got)
+    assert taken
+
+
+async def test_a_pull_of_a_process_that_stalls_while_it_stops_takes_what_was_leased(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pull, "STOP_LOOK_S", 0.05)
+    await bus.consumer(
+        subjects.REQUESTS, "test", subjects.request("batch", "simple", "*"), max_ack_pending=10_000, max_deliver=-1
+    )
+    got: list[Delivery] = []
+    stalling = Pull(bus, subjects.REQUESTS, "test", got.append, lambda: 200, takes_late=True)
+    await stalling.start()
+    async with await Bus.connect(BusConfig(url=bus.config.url)) as other:
+        await asyncio.gather(*(other.publish(a_request(task=i), f"job.{i}.0#1") for i in range(100)))
+        stopping = asyncio.create_task(stalling.stop())
+        await asyncio.sleep(0)
+        time.sleep(1.1 * pull.STOP_LOOKS * pull.STOP_LOOK_S)  # noqa: ASYNC251 - nothing of this process runs meanwhile
+        await asyncio.gather(*(other.publish(a_request(task=i), f"job.{i}.0#1") for i in range(100, 150)))
+        await stopping
+        left = await receive(other, 150 - len(got))
+    assert sorted(d.message_id for d in [*got, *left]) == sorted(f"job.{i}.0#1" for i in range(150))
+    assert {d.deliveries for d in left} <= {1}
 
 
 async def test_what_comes_while_a_pull_stops_is_handed_back(bus: Bus) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, Protocol
 
 import msgspec
 
+from gym_bus.deadline import within
 from gym_bus.errors import did_you_mean
 from gym_bus.messages import RolloutId
 
@@ -89,7 +89,7 @@ async def call_tool(
         return _error(f"Unknown tool {name!r}: {did_you_mean(name, known)}")
     _key.set(key)
     try:
-        output = await asyncio.wait_for(toolbox.call(name, decoded), limit_s)
+        output = await within(limit_s, toolbox.call(name, decoded))
         text = output if isinstance(output, str) else msgspec.json.encode(output).decode()
         return text.encode(errors="replace").decode()
     except ToolError as e:

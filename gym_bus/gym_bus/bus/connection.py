@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import nats
 import nats.errors
 import nats.js.errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext, api
 from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 
 from gym_bus import subjects
+from gym_bus.bus.client import Client
 from gym_bus.bus.publish import Publisher, trouble
 from gym_bus.bus.pull import CLAIM_BYTES_HEADER, CLAIM_HEADER, FAILURE_HEADER, ID_HEADER, Delivery, Follower
+from gym_bus.deadline import within
 from gym_bus.errors import BodyLost, BusError, UsageError
 from gym_bus.logs import get_logger
 from gym_bus.messages import Attempt, Failed, Message, Request, Result, encode
@@ -95,9 +95,10 @@ class Bus:
             log.info("bus_error", error=repr(e))
 
         options: dict[str, Any] = {"user_credentials": config.credentials} if config.credentials else {}
+        client = Client()
         try:
-            client = await asyncio.wait_for(
-                nats.connect(
+            async with asyncio.timeout(config.connect_limit_s):
+                await client.connect(
                     [server.strip() for server in address.split(",")],
                     name=name,
                     connect_timeout=config.connect_limit_s / 2,  # of one try: the first may meet a dead connection
@@ -110,9 +111,7 @@ class Bus:
                     error_cb=error,
                     reconnected_cb=reconnected,
                     **options,
-                ),
-                config.connect_limit_s,
-            )
+                )
         except (TimeoutError, OSError, nats.errors.Error, ValueError) as e:
             cause = last_error[0] if last_error else e
             why = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
@@ -129,9 +128,9 @@ class Bus:
         """Flush and disconnect."""
         await self._publisher.close()
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self.client.flush(), 2.0)
+            await within(2.0, self.client.flush())
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self.client.close(), 2.0)
+            await within(2.0, self.client.close())
 
     async def __aenter__(self) -> Bus:
         return self
@@ -283,7 +282,7 @@ class Bus:
 
     async def _api(self, call: Any, what: str) -> Any:
         try:
-            return await asyncio.wait_for(call, API_LIMIT_S)
+            return await within(API_LIMIT_S, call)
         except (TimeoutError, nats.errors.Error) as e:
             raise trouble(what, e) from None
 
@@ -295,7 +294,7 @@ class Bus:
         """Delete the consumers of the work queues: every unacked message is delivered anew, at once."""
         for stream in (subjects.REQUESTS, subjects.ATTEMPTS):
             try:
-                consumers = await asyncio.wait_for(self.js.consumers_info(stream), API_LIMIT_S)
+                consumers = await within(API_LIMIT_S, self.js.consumers_info(stream))
             except nats.js.errors.NotFoundError:
                 continue
             except (TimeoutError, nats.errors.Error) as e:
@@ -401,7 +400,7 @@ class Bus:
         """
         blobs = await self._blobs()
         try:
-            found = await asyncio.wait_for(blobs.get(key), API_LIMIT_S)
+            found = await within(API_LIMIT_S, blobs.get(key))
         except nats.js.errors.NotFoundError:
             raise BodyLost(f"object {key}: not found") from None
         except (TimeoutError, nats.errors.Error) as e:
@@ -413,7 +412,7 @@ class Bus:
         store = await self._blobs()
         with path.open("rb") as file:
             try:
-                await asyncio.wait_for(store.put(key, file), FILE_LIMIT_S)
+                await within(FILE_LIMIT_S, store.put(key, file))
             except (TimeoutError, nats.errors.Error) as e:
                 raise trouble(f"object {key}", e) from None
 
@@ -422,7 +421,7 @@ class Bus:
         store = await self._blobs()
         with path.open("wb") as file:
             try:
-                await asyncio.wait_for(store.get(key, file), FILE_LIMIT_S)
+                await within(FILE_LIMIT_S, store.get(key, file))
             except (TimeoutError, nats.errors.Error) as e:
                 raise trouble(f"object {key}", e) from None
 
@@ -434,7 +433,7 @@ class Bus:
         """
         store = await self._blobs()
         try:
-            entries = await asyncio.wait_for(store.list(ignore_deletes=True), API_LIMIT_S)
+            entries = await within(API_LIMIT_S, store.list(ignore_deletes=True))
         except nats.js.errors.NotFoundError:  # the client's word for an empty store
             return 0
         except (TimeoutError, nats.errors.Error) as e:
@@ -466,7 +465,7 @@ class Bus:
         the nak. A crash in between costs the message one further try. A note that cannot be stored costs it one less.
         """
         with contextlib.suppress(BusError, TimeoutError):
-            await asyncio.wait_for(self._note(delivery, "returned"), HAND_BACK_LIMIT_S)
+            await within(HAND_BACK_LIMIT_S, self._note(delivery, "returned"))
         await delivery.nak()
 
     async def note_try(self, delivery: Delivery) -> None:
@@ -523,9 +522,7 @@ class Bus:
         sequence = 1
         while True:
             try:
-                found = await asyncio.wait_for(
-                    self.js.get_msg(stream, seq=sequence, subject=subject, next=True), API_LIMIT_S
-                )
+                found = await within(API_LIMIT_S, self.js.get_msg(stream, seq=sequence, subject=subject, next=True))
             except nats.js.errors.NotFoundError:
                 return
             except (TimeoutError, nats.errors.Error) as e:
@@ -562,7 +559,7 @@ class Bus:
         """Take one batch into `found`; returns where the next one begins, None where there is none."""
         while True:
             try:
-                headers = (await asyncio.wait_for(arrived.get(), API_LIMIT_S)).headers or {}
+                headers = (await within(API_LIMIT_S, arrived.get())).headers or {}
             except TimeoutError:
                 raise BusError(f"stream {stream}: no answer") from None
             status = headers.get("Status", "")
@@ -588,7 +585,7 @@ class Bus:
     async def outcome(self, stream: str, subject: str) -> tuple[int, Outcome] | None:
         """(sequence, what it is) of the one result of a rollout; None where it has none. Raises BusError."""
         try:
-            found = await asyncio.wait_for(self.js.get_last_msg(stream, subject), API_LIMIT_S)
+            found = await within(API_LIMIT_S, self.js.get_last_msg(stream, subject))
         except nats.js.errors.NotFoundError:
             return None
         except (TimeoutError, nats.errors.Error) as e:
@@ -601,7 +598,7 @@ class Bus:
     async def message_at(self, stream: str, sequence: int) -> tuple[str, bytes] | None:
         """(message id, body) at a sequence; None where there is nothing (any more)."""
         try:
-            found = await asyncio.wait_for(self.js.get_msg(stream, seq=sequence), API_LIMIT_S)
+            found = await within(API_LIMIT_S, self.js.get_msg(stream, seq=sequence))
         except nats.js.errors.NotFoundError:
             return None
         except (TimeoutError, nats.errors.Error) as e:
@@ -614,7 +611,7 @@ class Bus:
         order = msgspec.json.encode({"seq": sequence, "no_erase": True})
         try:
             call = self.js._api_request(f"$JS.API.STREAM.MSG.DELETE.{stream}", order, timeout=API_LIMIT_S)
-            await asyncio.wait_for(call, API_LIMIT_S)
+            await within(API_LIMIT_S, call)
         except (TimeoutError, nats.errors.Error) as e:
             may_be_gone = getattr(e, "err_code", None) in MESSAGE_GONE
             if not may_be_gone or await self.message_at(stream, sequence) is not None:
@@ -640,7 +637,7 @@ class Bus:
         """(value, revision) of a key, None where there is none."""
         store = await self.bucket(bucket)
         try:
-            entry = await asyncio.wait_for(store.get(key), API_LIMIT_S)
+            entry = await within(API_LIMIT_S, store.get(key))
         except (nats.js.errors.KeyNotFoundError, nats.js.errors.KeyDeletedError):
             return None
         except (TimeoutError, nats.errors.Error) as e:
@@ -653,8 +650,8 @@ class Bus:
         data = msgspec.json.encode(value)
         try:
             if revision == 0:
-                return int(await asyncio.wait_for(store.create(key, data), API_LIMIT_S))
-            return int(await asyncio.wait_for(store.update(key, data, last=revision), API_LIMIT_S))
+                return int(await within(API_LIMIT_S, store.create(key, data)))
+            return int(await within(API_LIMIT_S, store.update(key, data, last=revision)))
         except (nats.js.errors.KeyWrongLastSequenceError, nats.js.errors.BadRequestError):
             return None
         except (TimeoutError, nats.errors.Error) as e:
@@ -669,7 +666,7 @@ class Bus:
         """The keys of a bucket."""
         store = await self.bucket(bucket)
         try:
-            return list(await asyncio.wait_for(store.keys(), API_LIMIT_S))
+            return list(await within(API_LIMIT_S, store.keys()))
         except nats.js.errors.NoKeysError:
             return []
         except (TimeoutError, nats.errors.Error) as e:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from typing import Any
 
@@ -13,6 +12,7 @@ import nats.js.errors
 from gym_bus.bus.connection import API_LIMIT_S, Bus
 from gym_bus.bus.publish import trouble
 from gym_bus.bus.pull import ID_HEADER
+from gym_bus.deadline import within
 
 
 class StreamState(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,7 +93,7 @@ async def count_from(bus: Bus, stream: str, subject: str, sequence: int) -> int:
     name = await bus.ephemeral_reader(stream, subject, sequence)
     info = await bus.consumer_info(stream, name)
     with contextlib.suppress(nats.errors.Error, TimeoutError):
-        await asyncio.wait_for(bus.js.delete_consumer(stream, name), API_LIMIT_S)
+        await within(API_LIMIT_S, bus.js.delete_consumer(stream, name))
     return int(info.num_pending or 0)
 
 
@@ -109,7 +109,7 @@ async def last_message(bus: Bus, stream: str, subject: str) -> Stored | None:
 
 async def _message(bus: Bus, stream: str, subject: str, **more: Any) -> Stored | None:
     try:
-        found = await asyncio.wait_for(bus.js.get_msg(stream, subject=subject, **more), API_LIMIT_S)
+        found = await within(API_LIMIT_S, bus.js.get_msg(stream, subject=subject, **more))
     except nats.js.errors.NotFoundError:
         return None
     except (TimeoutError, nats.errors.Error) as e:

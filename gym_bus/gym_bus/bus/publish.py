@@ -10,9 +10,9 @@ from collections import deque
 
 import msgspec
 import nats.errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from gym_bus.bus.client import Client
 from gym_bus.errors import BusError, PayloadTooLarge
 from gym_bus.settings import MiB
 

@@ -8,12 +8,13 @@ import json
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import nats.errors
 from nats.aio.msg import Msg
 
+from gym_bus.deadline import within
 from gym_bus.errors import BusError
 from gym_bus.logs import get_logger
 from gym_bus.messages import Message, RolloutId, decode
@@ -38,10 +39,13 @@ SIZE_GUESS_BYTES = 16 * 1024
 PULL_EXPIRES_S = 30.0
 PULL_SHARED_EXPIRES_S = 5.0
 """Where other pulls wait for the room that this one has asked for."""
-STOP_LIMIT_S = 2.0
-STOP_ARRIVALS_S = 1.0
-STOP_QUIET_S = 0.1
-"""Without an arrival: what was asked for is served, as far as the queue has it."""
+STOP_LOOK_S = 0.1
+STOP_LOOKS = 10
+"""For what was asked for to be served, and as many for leaving."""
+STOP_ANSWERS = 10
+STOP_ANSWER_EVERY_S = 0.01
+LAST = "last"
+"""In the place of the generation: the request after which a pull leaves."""
 IDLE_HEARTBEAT_S = 2.0
 
 CLAIM_HEADER = "Gym-Claim"
@@ -174,6 +178,7 @@ class Pull:
         refill: int = 1,
         standing: int | None = None,
         takes_late: bool = False,
+        leases: bool = True,
         on_lost: Callable[[], Any] | None = None,
     ) -> None:
         """Prepare; `start` begins.
@@ -188,12 +193,14 @@ class Pull:
             refill: messages that are worth a request of their own.
             standing: messages asked for while the queue is empty, where other pulls share the room; None: all of it.
             takes_late: `on_delivery` takes what comes during `stop` too; else it is nak'd.
+            leases: the consumer takes acks; of one that takes none, what is on its way at `stop` does not matter.
             on_lost: makes the consumer anew, called before asking again after trouble.
         """
         self._bus, self._nc = bus, bus.client
         self._next = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self._on_delivery, self._wanted, self._on_lost = on_delivery, wanted, on_lost
-        self._wanted_bytes, self._standing, self._takes_late = wanted_bytes, standing, takes_late
+        self._wanted_bytes, self._standing = wanted_bytes, standing
+        self._takes_late, self._leases = takes_late, leases
         self._refill = max(1, min(refill, PULL_MESSAGES // 2))
         self._inbox = self._nc.new_inbox()
         self._generation = 0
@@ -201,8 +208,10 @@ class Pull:
         self._behind = 0
         self._size_bytes = float(SIZE_GUESS_BYTES)
         self._heard_at = time.monotonic()
-        self._asking = False
+        self._asking = 0
+        """Messages of the request that is about to be sent."""
         self._stopped = False
+        self._last_word: asyncio.Future[str] | None = None
         self._late: list[Delivery] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscription: Any = None
@@ -229,7 +238,7 @@ class Pull:
     async def stop(self) -> None:
         """Ask for nothing more, take what is on its way, and leave; what was delivered stays leased.
 
-        Takes a tenth of a second after the last arrival, 2 s at most.
+        Takes a few round trips; 2 s where the server does not answer, not counting what this process itself stalls.
         """
         if self._stopped:
             return
@@ -238,6 +247,8 @@ class Pull:
             self._bus.on_reconnect.remove(self.reset)
         for task in self._tasks:
             task.cancel()
+        self._outstanding -= self._asking
+        self._asking = 0
         if self._subscription and not self._nc.is_closed:
             await self._leave()
         for delivery in self._late:
@@ -248,23 +259,39 @@ class Pull:
         self._late.clear()
 
     async def _leave(self) -> None:
-        # The server drops what it has leased but not yet written when it sees us leave. So first let it serve what was
-        # asked for, which is finite: nothing is given back meanwhile, or it would come again to us.
+        # What a server has leased and not yet written when it sees us leave, it gives at once to whoever asks next. Not
+        # so where the one that leases is another of its cluster and learns of it a moment later. So first let it serve
+        # what was asked for: nothing is given back meanwhile, or it would come again to us.
         try:
-            async with asyncio.timeout(STOP_LIMIT_S):
-                await self._nc.flush()
-                await self._quiet()
-                await self._subscription.drain()  # leaves, and takes what was sent before the server saw that
+            if self._leases:
+                with contextlib.suppress(TimeoutError):
+                    await _looking(self._served())
+            await _looking(self._subscription.drain())  # leaves, and takes what was sent before the server saw that
         except (nats.errors.Error, OSError):  # no connection: nobody else forgets the subscription
             self._nc._remove_sub(self._subscription._id)
 
-    async def _quiet(self) -> None:
-        started_at = self._heard_at = time.monotonic()
-        while self._outstanding:
-            now = time.monotonic()
-            if now - self._heard_at > STOP_QUIET_S or now - started_at > STOP_ARRIVALS_S:
-                return
-            await asyncio.sleep(STOP_QUIET_S / 10)
+    async def _served(self) -> None:
+        """Return when all that was asked for has come, or nothing does any more.
+
+        The server answers a request that does not wait behind all that it leased before: 404 where nothing is left, 408
+        where earlier requests are about to get it, or with a message more. What it leases afterwards may still be lost
+        to us, so only a few 404 in a row without a message between them say that messages have become rare.
+        """
+        body = json.dumps({"batch": 1, "no_wait": True}).encode()
+        seen = rare = 0
+        while self._outstanding and rare < STOP_ANSWERS:
+            self._last_word = asyncio.get_running_loop().create_future()
+            self._outstanding += 1
+            await self._nc.publish(self._next, body, f"{self._inbox}.{LAST}")
+            answered, _ = await asyncio.wait({self._last_word}, timeout=STOP_LOOK_S)
+            nothing_left = bool(answered) and self._last_word.result() not in ("", "408")
+            rare = rare + 1 if nothing_left and len(self._late) == seen else 0
+            seen = len(self._late)
+            await asyncio.sleep(STOP_ANSWER_EVERY_S)
+
+    def _hear_last(self, status: str = "") -> None:
+        if self._last_word and not self._last_word.done():
+            self._last_word.set_result(status)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -285,7 +312,7 @@ class Pull:
         room = self._room()
         if room >= self._refill or (room > 0 and self._outstanding == 0):
             batch, room_bytes = min(room, PULL_MESSAGES), self._wanted_bytes() - self.outstanding_bytes
-            self._asking = True
+            self._asking = batch
             self._outstanding += batch  # at once: pulls that share the room count it
             self._spawn(self._ask(batch, max(PULL_LEAST_BYTES, min(PULL_BYTES, room_bytes))))
 
@@ -314,7 +341,7 @@ class Pull:
         except nats.errors.Error:  # disconnected: the reconnect resets us
             self._outstanding = 0
         finally:
-            self._asking = False
+            self._asking = 0
 
     async def _on_message(self, message: Msg) -> None:
         self._heard_at = time.monotonic()
@@ -326,6 +353,8 @@ class Pull:
         delivery = Delivery(self._bus, message)
         if self._stopped:
             self._late.append(delivery)
+            if not self._outstanding:
+                self._hear_last()
             return
         self._note(delivery)
         self._on_delivery(delivery)
@@ -340,6 +369,10 @@ class Pull:
             self._behind = delivery.behind
 
     async def _on_status(self, subject: str, status: str, headers: dict[str, str]) -> None:
+        if subject.endswith(f".{LAST}"):
+            self._outstanding = max(0, self._outstanding - 1)
+            self._hear_last(status)
+            return
         if status == "100" or subject.rpartition(".")[2] != str(self._generation):
             return
         pending = headers.get("Nats-Pending-Messages")
@@ -351,7 +384,8 @@ class Pull:
             return
         log.info("pull_interrupted", consumer=self._next, status=status, why=headers.get("Description", ""))
         self._generation += 1
-        self._spawn(self._recover())
+        if not self._stopped:
+            self._spawn(self._recover())
 
     async def _recover(self) -> None:
         await asyncio.sleep(random.uniform(0.2, 0.5))
@@ -371,6 +405,21 @@ class Pull:
                 self.reset()
             else:
                 self.poke()
+
+
+async def _looking(work: Coroutine[Any, Any, None]) -> None:
+    """Wait for `work`, for so many looks. Raises TimeoutError.
+
+    Not for so many seconds: a process that stalls for longer than those still takes what has come meanwhile.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        for _ in range(STOP_LOOKS):
+            if (await asyncio.wait({task}, timeout=STOP_LOOK_S))[0]:
+                return task.result()
+        raise TimeoutError
+    finally:
+        task.cancel()
 
 
 class Follower:
@@ -408,7 +457,7 @@ class Follower:
         if not self._queue:
             self._arrived.clear()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), limit_s)
+                await within(limit_s, self._arrived.wait())
         taken: list[Delivery] = []
         taken_bytes = 0
         while self._queue and len(taken) < most:
@@ -432,7 +481,8 @@ class Follower:
         if self._broken:
             await self._restart()
         info = await self._bus.consumer_info(self._stream, self._consumer)
-        return int(info.num_pending or 0) + len(self._queue)
+        sent = int(info.delivered.consumer_seq or 0) if info.delivered else 0
+        return int(info.num_pending or 0) + max(0, sent - self._expected + 1)  # what was sent may still be on its way
 
     def _on_delivery(self, delivery: Delivery) -> None:
         self._queue.append(delivery)
@@ -440,12 +490,17 @@ class Follower:
         self._arrived.set()
 
     async def _lost(self) -> None:
-        self._broken = True
+        self._reconnected()
+
+    def _reconnected(self) -> None:
+        self._broken = True  # what was on its way does not come again, and no gap would show it at the end
         self._arrived.set()
 
     async def _restart(self) -> None:
         if self._pull:
             await self._pull.stop()
+        elif self._reconnected not in self._bus.on_reconnect:
+            self._bus.on_reconnect.append(self._reconnected)
         self._queue.clear()
         self._queued_bytes = 0
         self._consumer = await self._bus.ephemeral_reader(
@@ -460,12 +515,15 @@ class Follower:
             lambda: self._buffer - len(self._queue),
             wanted_bytes=lambda: HELD_BYTES - self._queued_bytes,
             refill=self._buffer // 8,
+            leases=False,
             on_lost=self._lost,
         )
         await self._pull.start()
 
     async def close(self) -> None:
         """Stop reading."""
+        with contextlib.suppress(ValueError):
+            self._bus.on_reconnect.remove(self._reconnected)
         if self._pull:
             await self._pull.stop()
         if self._consumer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 import msgspec
 
 from gym_bus.cli import common
+from gym_bus.deadline import within
 from gym_bus.errors import SandboxError, UsageError, did_you_mean
 from gym_bus.logs import configure_logs
 from gym_bus.sandbox.api import Ended, Limits, Outcome, Program
@@ -163,7 +163,7 @@ async def _run(program: Program, stdin: bytes, limits: Limits, least: str) -> Ou
 
     slot = await Slot.start(least=Level(least))
     try:
-        return await asyncio.wait_for(slot.run(program, stdin, limits), 4 * limits.wall_s + 60)
+        return await within(4 * limits.wall_s + 60, slot.run(program, stdin, limits))
     finally:
         await slot.close()
 

@@ -186,7 +186,7 @@ class Partner:
         self._flown: deque[tuple[float, float]] = deque()
         self._stored_at: float | None = None
         self._first = 0
-        self._unbound = False
+        self._paced = False
         self._places: int | None = None
         self._joined = False
         self.begun = False
@@ -242,6 +242,7 @@ class Partner:
             if fleet.limit is not None:
                 throttle.places = 0
             return
+        self._paced = fleet.pace > 0
         throttle.pace = me.pace if fleet.pace else None
         throttle.excess = me.places - self._places if self._places is not None and not fleet.pace else 0
         if self._places is not None:
@@ -510,10 +511,10 @@ class Partner:
             fleet.turn += 1
         me.pace = self._pace_of(fleet, me, wants)
         if fleet.pace:
-            self._places, me.places, self._unbound = me.wants + RAMP_FLOOR, self._throttle.in_flight + 1, True
+            self._places, me.places = me.wants + RAMP_FLOOR, self._throttle.in_flight + 1
             return
-        if self._unbound:  # others have what is beyond our part
-            self._unbound, me.places = False, min(me.places, self._throttle.in_flight)
+        if self._paced:  # others have what is beyond our part
+            me.places = min(me.places, self._throttle.in_flight)
         free = fleet.limit - sum(member.places for member in fleet.members.values())
         fair = fair_places(fleet.limit, wants, fleet.turn).get(self._name, 0)
         if raised:  # whoever raises is short of places, and tries them at once

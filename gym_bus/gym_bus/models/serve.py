@@ -9,10 +9,11 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+import aiohttp
 import msgspec
 from aiohttp import web
 
-from gym_bus.errors import ModelError, RateLimited, RequestRefused
+from gym_bus.errors import ModelError, ModelUnreachable, RateLimited, RequestRefused
 from gym_bus.messages import Usage
 from gym_bus.models.api import Reply
 from gym_bus.models.body import Tokens, chat_body, count_tokens, error_body, response_body, tokens_of
@@ -27,8 +28,25 @@ REMEMBERED = 131_072
 KNOWN_TOKENS = 64
 """Lengths whose tokens are kept as JSON: the server is not what is to be measured."""
 SHUTDOWN_LIMIT_S = 1.0
+ASK_LIMIT_S = 10.0
+TOO_MUCH = (429, 503)
+"""Statuses that say that there are too many calls."""
 
 _request = msgspec.json.Decoder(dict[str, Any])
+
+
+class Answered(msgspec.Struct):
+    """The calls that a served model has answered so far."""
+
+    calls: int = 0
+    """With any status."""
+    refused: int = 0
+    """Those of them that were too many: 429 or 503."""
+
+    def count(self, status: int) -> None:
+        """One more answer."""
+        self.calls += 1
+        self.refused += status in TOO_MUCH
 
 
 class _Identity(msgspec.Struct, frozen=True):
@@ -53,6 +71,7 @@ class _Server:
         self._calls = itertools.count()
         self._calls_of: OrderedDict[str, int] = OrderedDict()
         self._known_tokens: dict[tuple[int, int], Tokens | None] = {}
+        self._answered = Answered()
 
     async def responses(self, request: web.Request) -> web.Response:
         return await self._answer(request, chat=False)
@@ -66,6 +85,7 @@ class _Server:
             status, headers = 200, {}
         except _Refused as e:
             status, body, headers = e.status, e.body, e.headers
+        self._answered.count(status)
         return web.Response(body=body, status=status, headers=headers, content_type="application/json")
 
     async def _body(self, request: web.Request, chat: bool) -> bytes:
@@ -162,6 +182,9 @@ class _Server:
     async def health(self, request: web.Request) -> web.Response:
         return web.Response(body=b'{"status":"ok"}', content_type="application/json")
 
+    async def load(self, request: web.Request) -> web.Response:
+        return web.Response(body=msgspec.json.encode(self._answered), content_type="application/json")
+
 
 def _steps_before(given: Any) -> int:
     """How many model calls lie behind a conversation.
@@ -250,6 +273,7 @@ def make_app(
     app.router.add_post("/v1/chat/completions", server.chat)
     app.router.add_get("/v1/models", server.models)
     app.router.add_get("/health", server.health)
+    app.router.add_get("/load", server.load)
     return app
 
 
@@ -266,3 +290,21 @@ async def serve(app: web.Application, host: str, port: int) -> tuple[web.AppRunn
     server = site._server
     sockets = getattr(server, "sockets", None)
     return runner, int(sockets[0].getsockname()[1]) if sockets else port
+
+
+async def answered_by(base_url: str) -> Answered:
+    """What the model that is served at this address has answered so far.
+
+    Raises:
+        ModelUnreachable: it is no longer there.
+    """
+    timeout = aiohttp.ClientTimeout(total=ASK_LIMIT_S)
+    address = base_url.removesuffix("/v1") + "/load"
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session,
+            session.get(address) as reply,
+        ):
+            return msgspec.json.decode(await reply.read(), type=Answered)
+    except (aiohttp.ClientError, TimeoutError) as e:
+        raise ModelUnreachable(f"{address} does not say how many calls it answered: {e or type(e).__name__}") from None

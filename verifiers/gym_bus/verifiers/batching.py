@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
+from gym_bus.deadline import within
 from gym_bus.errors import SandboxError
 from gym_bus.logs import get_logger
 from gym_bus.messages import Verdict
@@ -151,7 +152,7 @@ class BatchingPool:
         """A worker for the place; None, after a wait, where there is none to be had."""
         before = self._failed_starts
         try:
-            worker = await asyncio.wait_for(self._start(), START_LIMIT_S)
+            worker = await within(START_LIMIT_S, self._start())
         except Exception as e:  # of whatever kind: a place that ended by it would leave its checks without an end
             if self._failed_starts == before:  # else another place has failed meanwhile, and has said so
                 self._failed_starts += 1

@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from typing import Self
 
+from gym_bus.deadline import within
 from gym_bus.errors import SandboxError
 from gym_bus.registry import offered
 from gym_bus.server import die_with_parent
@@ -90,13 +91,13 @@ class _Child:
     async def run(self, batch: bytes, limit_s: float) -> bytes:
         """See `PoolWorker.run`."""
         self._writer.write(_framed(batch))
-        return await asyncio.wait_for(self._receive(), limit_s)
+        return await within(limit_s, self._receive())
 
     async def close(self) -> None:
         """See `PoolWorker.close`."""
         self._writer.close()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), CLOSE_LIMIT_S)
+            await within(CLOSE_LIMIT_S, self._process.wait())
         await self.kill()
 
     async def kill(self) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import gym_bus
+from gym_bus.deadline import within
 from gym_bus.errors import SandboxError
 from gym_bus.logs import get_logger
 from gym_bus.registry import Offers, offered, take_over
@@ -225,7 +226,7 @@ class _Connection:
 
 async def _answers(host: str, port: int) -> bool:
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 2.0)
+        _, writer = await within(2.0, asyncio.open_connection(host, port))
     except (OSError, TimeoutError):
         return False
     writer.close()
@@ -376,7 +377,7 @@ async def _ends(process: int, limit_s: float) -> bool:
     loop = asyncio.get_running_loop()
     loop.add_reader(process, ended.set)
     try:
-        await asyncio.wait_for(ended.wait(), limit_s)
+        await within(limit_s, ended.wait())
     except TimeoutError:
         return False
     finally:

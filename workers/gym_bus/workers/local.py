@@ -16,6 +16,7 @@ import msgspec
 
 from gym_bus.bus import Bus
 from gym_bus.config import Config
+from gym_bus.deadline import within
 from gym_bus.errors import BusError
 from gym_bus.logs import get_logger
 from gym_bus.server import EmbeddedServer, die_with_parent
@@ -119,7 +120,7 @@ class WorkerProcess:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
             try:
-                await asyncio.wait_for(process.wait(), STOP_LIMIT_S)
+                await within(STOP_LIMIT_S, process.wait())
             except TimeoutError:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

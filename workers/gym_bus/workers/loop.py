@@ -21,6 +21,7 @@ import msgspec
 from gym_bus import activity
 from gym_bus.activity import Activity
 from gym_bus.bus import Bus, Delivery, Pull
+from gym_bus.deadline import within
 from gym_bus.errors import BusError, FailureKind, GymBusError, PayloadTooLarge
 from gym_bus.logs import get_logger
 from gym_bus.messages import Attempt, Failed, Failure, Message, Policy, Request, Result
@@ -421,7 +422,7 @@ class Loop:
         while self._running and time.monotonic() < deadline:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), max(0.01, deadline - time.monotonic()))
+                await within(max(0.01, deadline - time.monotonic()), self._idle.wait())
         await self._interrupt()
         await asyncio.gather(*self._answers)
         if self._heartbeat:

@@ -17,6 +17,7 @@ import structlog
 from gym_bus import subjects
 from gym_bus.bus import Bus
 from gym_bus.config import Config
+from gym_bus.deadline import within
 from gym_bus.errors import BusError, GymBusError, UsageError
 from gym_bus.jobs import Issued, JobRecord, find_job, list_jobs
 from gym_bus.logs import get_logger
@@ -279,7 +280,7 @@ async def run_recorder(config: Config, output: Path, *, once: str | None = None,
                     reported_at = time.monotonic()
                     await bus.put(subjects.WORKERS, worker, _report(worker, recorder, started_at))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), LOOK_S)
+                await within(LOOK_S, stop.wait())
         await recorder.stop()
         with contextlib.suppress(BusError):
             await bus.remove(subjects.WORKERS, worker)
