@@ -12,14 +12,17 @@ ANSWERS = Path("benchmarks/gym_bus/benchmarks/mmlu_stem/data/example_replay.json
 
 def test_a_burst_is_measured_and_says_what_a_rate_needs(cli: Cli) -> None:
     options = ["--burst", "--rollouts", "400", "--latency", "uniform:0.05:0.02", "--server-error", "0.1"]
+    limits = ["--rate-limited", "0.05", "--most-per-second", "1e6", "--retry-after", "0"]
 
-    report = cli.json("bench", *options, "--target", "5000", "--concurrency", "100")
+    report = cli.json("bench", *options, *limits, "--target", "5000", "--concurrency", "100")
 
     assert (report["rollouts"], report["failed"], report["accepted"]) == (400, 0, 400)
     assert report["accepted_per_s"] > 0
     assert {"runner", "agent", "verifier", "nats-server", "model server"} <= report["roles"].keys()
     assert report["stages"]["model_s"]["mean"] > 0.03
     assert report["stages"]["model_queue_s"]["p99"] > 0  # one call in ten is made again
+    assert 0 < report["refused"] < report["model_calls"] - 400  # the rest are the server's errors
+    assert report["ideal_per_s"] == pytest.approx(0.85e6)
     assert report["needs"]["rollouts_per_s"] == 5000
     assert report["needs"]["agents"] >= report["needs"]["in_flight"] / 100 > 1
 

@@ -15,11 +15,12 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from gym_bus.errors import ModelUnreachable
 from gym_bus.messages import RolloutId
 from gym_bus.models.api import CallInfo
 from gym_bus.models.registry import Models
 from gym_bus.models.replay import ReplayModel
-from gym_bus.models.serve import make_app, serve
+from gym_bus.models.serve import Answered, answered_by, make_app, serve
 from gym_bus.models.simulated import SimulatedModel
 from gym_bus.settings import Distribution, ModelConfig, SimulatedConfig
 
@@ -114,6 +115,26 @@ async def test_the_model_is_listed_and_the_server_says_that_it_lives() -> None:
         assert [listed.id for listed in (await client.models.list()).data] == ["sim"]
         async with aiohttp.ClientSession() as session, session.get(f"{base}/health") as reply:
             assert (reply.status, await reply.json()) == (200, {"status": "ok"})
+
+
+async def test_the_server_counts_its_answers_and_those_that_were_too_many() -> None:
+    async with served(simulated(rate_limited=1.0)) as (client, base):
+        with pytest.raises(openai.RateLimitError):
+            await client.responses.create(model="any", input="x")
+        with pytest.raises(openai.RateLimitError):
+            await chat_text(client, ASK)
+        with pytest.raises(openai.BadRequestError):
+            await client.responses.create(model="any", input="x", stream=True)
+        await client.models.list()
+
+        assert await answered_by(f"{base}/v1") == Answered(calls=3, refused=2)
+
+
+async def test_a_server_that_is_gone_does_not_say_what_it_answered() -> None:
+    async with served(simulated()) as (_, base):
+        pass
+    with pytest.raises(ModelUnreachable, match="/load"):
+        await answered_by(f"{base}/v1")
 
 
 async def test_one_rollout_draws_the_same_in_either_form_and_on_any_server() -> None:

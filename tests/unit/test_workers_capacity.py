@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
 from gym_bus.config import AgentConfig, Config
-from gym_bus.workers.bench import RoleUse, Stage, needs_of, report
+from gym_bus.settings import Distribution, SimulatedConfig
+from gym_bus.workers.bench import RoleUse, Stage, ideal_per_s, needs_of, report
 from gym_bus.workers.capacity import Measured, needs
 from gym_bus.workers.usage import AGENT, BROKER, MODEL, POOL, RUNNER, VERIFIER, Sample, Sampler, role_of
 
@@ -71,6 +73,24 @@ def test_figures_are_taken_where_the_run_is_steady() -> None:
     assert found.model_cpu_ms_per_rollout == pytest.approx(1)
     assert found.peak_rss_mb == pytest.approx(100)
     assert found.roles[AGENT] == RoleUse(processes=1, cpu_ms_per_rollout=pytest.approx(5), peak_rss_mb=100)
+
+
+@pytest.mark.parametrize(
+    ("limits", "calls_per_s"),
+    [
+        ({}, None),
+        ({"most_per_s": 100.0}, 100),
+        ({"most_in_flight": 64}, 128),
+        ({"most_in_flight": 64, "most_per_s": 100.0}, 100),
+        ({"most_in_flight": 64, "latency_s": Distribution()}, None),
+        ({"most_per_s": 100.0, "rate_limited": 0.25, "server_error": 0.25}, 50),
+        ({"most_per_s": 100.0, "hang": 0.1}, None),
+    ],
+)
+def test_a_limited_model_answers_so_many_calls_per_second(limits: dict[str, Any], calls_per_s: float | None) -> None:
+    model = SimulatedConfig(**{"latency_s": Distribution(kind="lognormal", mean=0.5, spread=0.5), **limits})
+
+    assert ideal_per_s(model) == calls_per_s
 
 
 def test_what_a_busy_worker_adds_to_its_rollouts_is_not_planned_for() -> None:

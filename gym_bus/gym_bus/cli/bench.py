@@ -50,6 +50,13 @@ class DistributionText(click.ParamType[dict[str, Any]]):
 @click.option("--rate-limited", type=click.FloatRange(0, 1), help="Share of calls answered with 429.")
 @click.option("--server-error", type=click.FloatRange(0, 1), help="Share of calls answered with 500.")
 @click.option("--most-in-flight", type=click.IntRange(1), help="Calls at a time, beyond which the model says 429.")
+@click.option(
+    "--most-per-second",
+    "most_per_s",
+    type=click.FloatRange(0, min_open=True),
+    help="Calls within a second, beyond which the model says 429.",
+)
+@click.option("--retry-after", "retry_after_s", type=click.FloatRange(0), help="Seconds that a 429 asks for; 0: none.")
 @click.option("--tokens", is_flag=True, help="Have token ids and log-probabilities with every answer.")
 @click.option("--concurrency", type=click.IntRange(1), help="Rollouts in flight per agent worker.")
 @click.option("--agents", type=click.IntRange(1), help="Agent worker processes.")
@@ -80,7 +87,8 @@ def command(
     """Measure the whole pipeline on this machine: a simulated model over HTTP, the real bus, workers and verifiers.
 
     Without a BENCHMARK the work is multiple-choice questions. Reports rollouts per second, the time in each stage and
-    queue, CPU time per rollout and peak memory by role, and how many workers of each kind a rate needs.
+    queue, CPU time per rollout and peak memory by role, the calls that the model refused, and how many workers of each
+    kind a rate needs.
     """
     from gym_bus.workers.bench import Load, measure
 
@@ -122,6 +130,8 @@ def _simulated(
     rate_limited: float | None,
     server_error: float | None,
     most_in_flight: int | None,
+    most_per_s: float | None,
+    retry_after_s: float | None,
     tokens: bool,
 ) -> list[str]:
     """The options as settings of the simulated model; those that were not given leave what is configured."""
@@ -129,6 +139,8 @@ def _simulated(
         "rate_limited": rate_limited,
         "server_error": server_error,
         "most_in_flight": most_in_flight,
+        "most_per_s": most_per_s,
+        "retry_after_s": retry_after_s,
         "tokens": tokens or None,
     }
     for name, distribution in (("latency_s", latency), ("output_tokens", answer_tokens)):

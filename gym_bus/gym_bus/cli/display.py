@@ -325,7 +325,13 @@ def _print_flips(report: Reverified) -> None:
 def print_bench(report: Report) -> None:
     """The figures of a measurement."""
     shown = common.table("pipeline", "", "")
-    shown.add_row("throughput", f"{report.rollouts_per_s:,.0f} rollouts/s")
+    throughput = f"{report.rollouts_per_s:,.0f} rollouts/s"
+    if report.ideal_per_s:
+        throughput += f", {100 * report.rollouts_per_s / report.ideal_per_s:.0f} % of what the model takes"
+    shown.add_row("throughput", throughput)
+    if report.refused is not None and report.model_calls and (report.refused or report.ideal_per_s):
+        share = 100 * report.refused / report.model_calls
+        shown.add_row("refused calls", f"{report.refused:,}, {share:.1f} % of {report.model_calls:,}")
     if report.accepted_per_s is not None:
         shown.add_row("burst", f"{report.accepted:,} requests accepted at {report.accepted_per_s:,.0f}/s")
     shown.add_row(

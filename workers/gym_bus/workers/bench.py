@@ -22,11 +22,12 @@ import msgspec
 import numpy as np
 
 from gym_bus.config import Config
+from gym_bus.deadline import within
 from gym_bus.errors import UsageError
 from gym_bus.results.profile import profile_job
 from gym_bus.results.reader import iter_jsonl
 from gym_bus.results.statistics import Floats
-from gym_bus.settings import ModelConfig
+from gym_bus.settings import ModelConfig, SimulatedConfig
 from gym_bus.workers.capacity import Measured, Needs, needs
 from gym_bus.workers.local import LocalStack
 from gym_bus.workers.plan import Job, Wanted, plan_job, size_of, write_down
@@ -110,6 +111,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """From the first publish to the last line, start of the workers included."""
     rollouts_per_s: float
     """Steady."""
+    ideal_per_s: float | None = None
+    """What the served model's limit allows, with one answered call per rollout; None where it has none."""
+    model_calls: int | None = None
+    """That the served model answered, in the whole run; None where none was served."""
+    refused: int | None = None
+    """Of `model_calls`, those answered with 429 or 503."""
     cpu_ms_per_rollout: float
     """All processes but the model server."""
     model_cpu_ms_per_rollout: float
@@ -150,7 +157,7 @@ async def serve_model(config: Config, name: str) -> AsyncIterator[str]:
     try:
         process.stdin.write(msgspec.json.encode(config))
         process.stdin.close()
-        line = await asyncio.wait_for(process.stdout.readline(), SERVE_LIMIT_S)
+        line = await within(SERVE_LIMIT_S, process.stdout.readline())
         if b" at http" not in line:
             raise UsageError(f"the model {name!r} could not be served")
         yield line.decode().strip().rpartition(" at ")[2]
@@ -158,7 +165,7 @@ async def serve_model(config: Config, name: str) -> AsyncIterator[str]:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), STOP_LIMIT_S)
+            await within(STOP_LIMIT_S, process.wait())
         except TimeoutError:
             process.kill()
             await process.wait()
@@ -174,13 +181,15 @@ async def measure(load: Load, config: Config, on_start: Callable[[Progress], Non
 
     Raises:
         UsageError, BusError: it could not be run.
+        ModelUnreachable: the served model ended before the run did.
     """
     folder = Path(tempfile.mkdtemp(prefix="gym-bus-bench-"))
     try:
         async with _model(load, config) as model:
-            config = msgspec.structs.replace(config, models={"bench": model})
-            job = await asyncio.to_thread(_write_job, load, config, folder)
-            return await _measure(job, load, config, on_start)
+            bench = msgspec.structs.replace(config, models={"bench": model})
+            job = await asyncio.to_thread(_write_job, load, bench, folder)
+            found = await _measure(job, load, bench, on_start)
+            return found if load.api == "none" else await _with_answers(found, model, config.models[load.model])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -192,6 +201,25 @@ async def _model(load: Load, config: Config) -> AsyncIterator[ModelConfig]:
         return
     async with serve_model(config, load.model) as address:
         yield ModelConfig(base_url=address, api=load.api, return_tokens=load.tokens)
+
+
+async def _with_answers(found: Report, at: ModelConfig, served: ModelConfig) -> Report:
+    from gym_bus.models.serve import answered_by  # only now: an HTTP client is nothing that the runner needs
+
+    answered = await answered_by(at.base_url)
+    return msgspec.structs.replace(
+        found, ideal_per_s=ideal_per_s(served.simulated), model_calls=answered.calls, refused=answered.refused
+    )
+
+
+def ideal_per_s(model: SimulatedConfig) -> float | None:
+    """Calls per second that a simulated model can answer; None where nothing says so: no limit, or calls that hang."""
+    limits = [model.most_per_s] if model.most_per_s else []
+    if model.most_in_flight and model.latency_s.mean:
+        limits.append(model.most_in_flight / model.latency_s.mean)
+    if model.hang or not limits:
+        return None
+    return min(limits) * max(0.0, 1 - model.rate_limited - model.server_error)  # drawn faults take room like answers
 
 
 def _write_job(load: Load, config: Config, folder: Path) -> Job:

@@ -65,7 +65,8 @@ class SharedLimits:
             self._changed.clear()
             if key is None or (wait_s := self._due[key] - time.monotonic()) > 0:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), None if key is None else wait_s)
+                    async with asyncio.timeout(None if key is None else wait_s):
+                        await self._changed.wait()
                 continue
             del self._due[key]
             gate, partner = self._gates[key]
