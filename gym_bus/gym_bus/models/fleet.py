@@ -41,6 +41,8 @@ PRESSED = 0.97
 """Part of the places that must be taken before there are more: the last raise shows what it does only then."""
 MOST_RAISE = 0.05
 """Of the limit, in one raise. Raises double while they are found good."""
+FAR, FAR_RAISE = 4, 0.15
+"""After so many good raises in a row the limit is far: more of it then."""
 SPARE_PACE = 0.1
 LEAST_PART = 4.0
 """Calls per second of one member: many that call now and then do not make an even stream."""
@@ -186,6 +188,7 @@ class Partner:
         self._flown: deque[tuple[float, float]] = deque()
         self._stored_at: float | None = None
         self._first = 0
+        self._due_to_raise = 0
         self._paced = False
         self._places: int | None = None
         self._joined = False
@@ -304,10 +307,14 @@ class Partner:
             taken = me.places + sum(member.places for member in fleet.members.values())
             if not taken:  # it takes nothing now, which says nothing of its limit
                 return
-            fleet.limit, fleet.budget = taken, CALLS_PER_FINDING  # one raise, to begin with
-            self._raised(fleet, fleet.limit)  # what is refused now is the doing of the ramp
-            fleet.pacing.found()
-            fleet.streak = fleet.look_taken = fleet.look_refused = 0
+            self._found(fleet, taken)
+
+    def _found(self, fleet: Fleet, limit: int) -> None:
+        """There is a limit from now on; what is refused now is the doing of the ramp."""
+        fleet.limit, fleet.budget = limit, CALLS_PER_FINDING
+        self._raised(fleet, limit)
+        fleet.streak = fleet.look_taken = fleet.look_refused = 0
+        fleet.pacing.found()
 
     def _first_calls(self, fleet: Fleet, now: float) -> int:
         """Calls that may be made at an endpoint of which nothing is known; one process begins after the other."""
@@ -337,18 +344,23 @@ class Partner:
         fleet.budget = min(MOST_BUDGET, fleet.budget + earned)
         fleet.since_raise += due.taken
         fleet.refused += due.refused
-        explained = self._explained_now = self._explained(fleet, now) if due.odd else 0
+        explained = self._due_to_raise = self._explained(fleet, now) if due.odd else 0
         fleet.look_taken += due.taken
         fleet.look_refused += due.odd - explained
         noisy = fleet.noise >= TROUBLE  # single refusals say nothing then
         covered = due.odd - explained if noisy else min(due.odd - explained, max(0, int(fleet.budget)))
         least = MOST_DEBT if fleet.pace else min(0.0, fleet.budget)
-        fleet.budget = max(least, fleet.budget - CALLS_PER_FINDING * due.odd)
+        if not self._just_found(fleet, now):
+            fleet.budget = max(least, fleet.budget - CALLS_PER_FINDING * due.odd)
         settling = self._watch.age_s("turns", fleet.pacing.turns, now) < pacing.DEAF_S and not fleet.pacing.fresh
         if settling and fleet.pacing.turns:  # what is refused may be due to the way before
             fleet.look_taken = fleet.look_refused = 0
         elif fleet.limit is not None and not fleet.pace and fleet.trial is None:
             self._lower(fleet, me, due.odd - covered)
+
+    def _just_found(self, fleet: Fleet, now: float) -> bool:
+        """Whether calls are refused because there was no limit until now."""
+        return fleet.pacing.fresh and self._watch.age_s("turns", fleet.pacing.turns, now) < pacing.FOUND_S
 
     def _lower(self, fleet: Fleet, me: Member, places: int) -> None:
         lost = max(0, min(places - self._due.lost, (fleet.limit or 1) - 1, me.places))
@@ -383,7 +395,8 @@ class Partner:
             return
         since_s = now - self._stored_at if self._stored_at is not None else 0.0
         crew = len(fleet.members)
-        pacing.account(known, Measure(since_s / crew, due.taken, due.refused), ages, crew)
+        refused = due.refused if known.pace else max(0, due.refused - CALLS_PER_FINDING * self._due_to_raise)
+        pacing.account(known, Measure(since_s / crew, due.taken, refused), ages, crew)
         kept = pacing.verdict(known, self._throttle.mean_s)
         if kept is not None:
             self._end_trial(fleet, kept)
@@ -457,9 +470,7 @@ class Partner:
     def _try_less(self, fleet: Fleet, share: float) -> None:
         places = fleet.limit or max(1, sum(member.places for member in fleet.members.values()))
         if fleet.limit is None:  # as many as there are, first: they are what it takes, found by several at a time
-            fleet.limit = places
-            self._raised(fleet, places)
-            fleet.pacing.found()
+            self._found(fleet, places)
         elif places > 1:
             fleet.trial = (places, share, 1)
             fleet.limit = max(1, int(TRIED * places))
@@ -488,7 +499,8 @@ class Partner:
         if fleet.busy >= PRESSED * fleet.limit:
             if not back:
                 fleet.high = fleet.limit
-            step = max(1, fleet.limit // 2) if back else min(2**fleet.streak, max(1, int(MOST_RAISE * fleet.limit)))
+            most = MOST_RAISE if fleet.streak < FAR else FAR_RAISE
+            step = max(1, fleet.limit // 2) if back else min(2**fleet.streak, max(1, int(most * fleet.limit)))
             fleet.limit += step
             self._raised(fleet, step)
             return step
