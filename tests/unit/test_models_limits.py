@@ -122,6 +122,15 @@ def test_refusals_at_random_do_not_hold_the_work_up(noise: float, workers: int) 
     assert fleet.run(60.0).taken_per_s >= 0.9 * 200
 
 
+@pytest.mark.parametrize("most", [10**6, 128])
+@pytest.mark.parametrize("workers", [1, 4, 16])
+def test_an_endpoint_that_refuses_a_fifth_at_random_is_not_taken_for_a_full_one(workers: int, most: int) -> None:
+    fleet = Simulation(Endpoint(most, exponential(1.0), noise=0.2), workers, 208 // workers)
+    fleet.run(60.0)
+
+    assert fleet.run(120.0).taken_per_s >= 0.5 * min(most, 208)
+
+
 @pytest.mark.parametrize("retry_after_s", [None, 1.0])
 @pytest.mark.parametrize("workers", [1, 4, 16])
 @pytest.mark.parametrize("counted", [Bucket, Window])

@@ -58,6 +58,10 @@ TRIED, HELPED = 0.7, 0.95
 TRIES = 3
 ALIKE = 0.5
 """What part of the refusals may be left then; where it is more, calls are refused at random."""
+MANY_SHARE, MOST_MANY, MANY, MANY_S = 0.1, 0.6, 12, 10.0
+"""The share of refusals, so many of them over so long a time, that no limit explains which is kept to."""
+MORE_REFUSED, LOOK_MORE = 6, 50
+"""Refusals beyond the share that there was, with which more places were too many; calls by which they were not."""
 NOISE_MARGIN = 1.5
 NOISE_SMOOTHING = 0.2
 MOST_NOISE = 0.35
@@ -121,6 +125,8 @@ class Fleet(msgspec.Struct, kw_only=True, omit_defaults=True):
     trial: tuple[int, float, int] | None = None
     """While it is tried whether less is refused with fewer places: places and share of refusals before, and how often
     they were made fewer since."""
+    limits: int = 0
+    """Counts trials of more places that found a limit."""
     background: float = 0.0
     """Share of calls refused of late, those apart that raises explain."""
     noise: float = 0.0
@@ -227,7 +233,7 @@ class Partner:
         if fleet.limit is not None:
             self._choose(fleet, ages, bool(waiting), now)
         if not fleet.pace:
-            if fleet.pacing.trial is None:
+            if fleet.pacing.trial is None and not self._seek_more(fleet):
                 self._look(fleet)
             if waiting and fleet.limit is not None and fleet.trial is None:
                 raised = self._raise(fleet, now)
@@ -464,8 +470,31 @@ class Partner:
             fleet.background += (share - fleet.background) * NOISE_SMOOTHING
         if share < fleet.noise:
             fleet.noise += (share - fleet.noise) * NOISE_SMOOTHING
-        elif TROUBLE + NOISE_MARGIN * fleet.noise < share < CLOSED:
+        elif TROUBLE + NOISE_MARGIN * fleet.noise < share < CLOSED and fleet.pacing.way.share < MANY_SHARE:
             self._try_less(fleet, share)
+
+    def _seek_more(self, fleet: Fleet) -> bool:
+        """Where far more calls are refused than a limit explains, see whether it is one: have twice the places."""
+        way, places = fleet.pacing.way, fleet.trial[0] if fleet.trial else fleet.limit or 0
+        if fleet.trial is None or fleet.trial[2]:
+            many = MANY_SHARE <= way.share < MOST_MANY and way.refused >= MANY * (1 + fleet.limits)
+            if not many or way.seconds < MANY_S or not places:
+                return False
+            fleet.trial, fleet.limit = (places, way.share, 0), 2 * places
+        else:
+            _, before, _ = fleet.trial
+            enough = way.seconds >= 1 and way.calls >= LOOK_MORE and way.taken >= (fleet.limit or 0)
+            too_many = way.refused > MORE_REFUSED + NOISE_MARGIN * before * way.calls
+            if too_many or (enough and way.share < ALIKE * before):
+                fleet.trial, fleet.limit, fleet.limits = None, places, fleet.limits + 1
+            elif enough:
+                fleet.trial, fleet.limit, fleet.limits = None, None, 0  # nobody is served by waiting
+                fleet.noise = max(TROUBLE, before**2)
+            else:
+                return True
+        fleet.look_taken = fleet.look_refused = fleet.streak = 0
+        fleet.pacing.way = Measure()
+        return True
 
     def _try_less(self, fleet: Fleet, share: float) -> None:
         places = fleet.limit or max(1, sum(member.places for member in fleet.members.values()))
