@@ -215,6 +215,10 @@ async def test_results_that_nobody_records(bus: Bus, silent_s: float | None, sai
 async def test_an_endpoint_that_refuses_calls_is_named(job: Bus, pacing: Pacing, takes: str) -> None:
     members = {"agent-1": Member(places=8, busy=8, wants=100)}
     await job.put(subjects.LIMITS, "m", Fleet(limit=8, members=members, pacing=pacing))
+    gone = {"agent-9": Member(places=8, busy=8, wants=100)}
+    await job.put(subjects.LIMITS, "other", Fleet(limit=8, members=gone))
+    await job.put(subjects.LIMITS, "newer", {"limit": 12.5})
+    await job.put(subjects.WORKERS, "agent-1", a_report("agent"))
 
     (wait,) = waits_of(await told(job), "endpoint")
     assert wait.what == f"the endpoint of model 'm' refuses more than {takes}: 100 are wanted, the others wait here"

@@ -165,7 +165,8 @@ def test_places_come_back_where_an_endpoint_no_longer_counts_calls_per_second(wo
     fleet.run(40.0)
     paced = fleet.fleet.pace
 
-    fleet.endpoint = Endpoint(64, exponential(0.5))
+    busy, fleet.endpoint = fleet.endpoint.busy, Endpoint(64, exponential(0.5))
+    fleet.endpoint.busy = busy
     fleet.run(400.0)
 
     assert paced > 0

@@ -44,9 +44,12 @@ class Client(nats.aio.client.Client):
         try:
             await asyncio.wait({connecting})
         except asyncio.CancelledError:
-            while not connecting.done():  # it goes on with the next try where it swallows one
+            try:
+                while not connecting.done():  # it goes on with the next try where it swallows one
+                    connecting.cancel()
+                    await asyncio.wait({connecting}, timeout=CANCEL_AGAIN_S)
+            finally:
                 connecting.cancel()
-                await asyncio.wait({connecting}, timeout=CANCEL_AGAIN_S)
             if not connecting.cancelled() and not connecting.exception():
                 await self.close()
             raise

@@ -35,8 +35,8 @@ RAISE_S = 0.5
 """Between two raises: the first must have been used, and found good."""
 EXPLAINED_S = 1.0
 """Refusals so long after a raise are its doing."""
-BACK = 0.8
-"""Part of the places that there were, up to which they come back fast."""
+BACK, COLLAPSED = 0.8, 0.3
+"""Parts of the places that there were, up to which they come back fast, and below which it takes nothing now."""
 PRESSED = 0.97
 """Part of the places that must be taken before there are more: the last raise shows what it does only then."""
 MOST_RAISE = 0.05
@@ -50,8 +50,6 @@ LOOK_REFUSED, LOOK_CALLS = 8, 400
 """The share of refusals is taken over so many of them, or so many calls."""
 LOOK_NONE = 7
 """Where less is tried, and nothing is refused: the refusals that were to be expected by now."""
-CLOSED = 0.9
-"""Share of refusals at which the endpoint takes nothing, which has nothing to do with our load."""
 TROUBLE = 0.02
 TRIED, HELPED = 0.7, 0.95
 """Parts of the places: with so many it is tried whether less is refused, and so many are kept where it is."""
@@ -269,6 +267,8 @@ class Partner:
             self._throttle.begin(RAMP_FLOOR)
         elif self._throttle.places == 0:
             self._throttle.places = 1
+        if self._throttle.pace == 0:
+            self._throttle.pace = pacing.LEAST_PACE
 
     def _age_s(self, fleet: Fleet, field: str, now: float) -> float:
         return self._watch.age_s(field, getattr(fleet, field), now)
@@ -337,7 +337,7 @@ class Partner:
             limit += part - me.places
             me.places = part
         else:
-            lost = min(self._due.lost, me.places)
+            lost = 0 if fleet.pace else min(self._due.lost, me.places)
             limit -= lost
             me.places -= lost
         fleet.limit = max(1, limit)
@@ -399,6 +399,8 @@ class Partner:
         known, due = fleet.pacing, self._due
         if self._throttle.closed(now) and known.trial is None:  # it takes nothing, which says nothing of either way
             return
+        if fleet.wanted <= fleet.busy < PRESSED * (fleet.limit or 1):  # nor does what it takes where little is asked
+            return
         since_s = now - self._stored_at if self._stored_at is not None else 0.0
         crew = len(fleet.members)
         refused = due.refused if known.pace else max(0, due.refused - CALLS_PER_FINDING * self._due_to_raise)
@@ -414,7 +416,7 @@ class Partner:
     def _try_other(self, fleet: Fleet, now: float) -> None:
         known, limit = fleet.pacing, fleet.limit or 1
         troubled = known.troubled
-        few = limit < len(fleet.members) and not troubled
+        few = not known.pace and ((limit < len(fleet.members) and not troubled) or limit < COLLAPSED * fleet.high)
         if few or fleet.noise >= TROUBLE or fleet.trial is not None or not self._all_there(fleet, now):
             return
         in_flight = fleet.busy
@@ -454,9 +456,6 @@ class Partner:
         taken, refused = fleet.look_taken, fleet.look_refused
         if fleet.trial is None:
             enough = float(LOOK_CALLS)
-        elif self._throttle.places is not None and self._throttle.in_flight > self._throttle.places:
-            fleet.look_taken = fleet.look_refused = 0  # what is tried has not begun
-            return
         else:
             enough = min(LOOK_CALLS, (2 * LOOK_REFUSED if refused else LOOK_NONE) / fleet.trial[1])
         if refused < LOOK_REFUSED and taken + refused < enough:
@@ -470,7 +469,7 @@ class Partner:
             fleet.background += (share - fleet.background) * NOISE_SMOOTHING
         if share < fleet.noise:
             fleet.noise += (share - fleet.noise) * NOISE_SMOOTHING
-        elif TROUBLE + NOISE_MARGIN * fleet.noise < share < CLOSED and fleet.pacing.way.share < MANY_SHARE:
+        elif TROUBLE + NOISE_MARGIN * fleet.noise < share < pacing.CLOSED and fleet.pacing.way.share < MANY_SHARE:
             self._try_less(fleet, share)
 
     def _seek_more(self, fleet: Fleet) -> bool:

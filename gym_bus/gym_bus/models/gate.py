@@ -169,8 +169,8 @@ class Gate:
             self._timer = asyncio.get_running_loop().call_later(max(at - now, 0.001), self.kick)
 
     def _tell(self, now: float) -> None:
-        lost = self.throttle.dirty or (self.waiting and not self.throttle.places and self.throttle.places is not None)
-        within_s = SOON_S if lost else SETTLE_S
+        stuck = self.waiting and (self.throttle.places == 0 or self.throttle.pace == 0)
+        within_s = SOON_S if stuck or self.throttle.dirty else SETTLE_S
         if not self._closed and now + within_s < self._needed_at:
             self._needed_at = now + within_s
             self._need(self, within_s)

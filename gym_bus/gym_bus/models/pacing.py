@@ -27,8 +27,12 @@ RAISE, MOST_RAISES, RAISE_S, RAISE_CALLS = 0.01, 3, 2.0, 3.0
 """one that is near its bound by this, then by twice and three times as much, when it was held for so long and so many
 calls went beyond the pace before."""
 NEAR = 0.93
-LONG_S = 5.0
-"""A pace that was not refused for so long is raised in any case."""
+FAR, FAR_RAISES = 1.3, 4
+"""A bound is forgotten when the pace is so far beyond it, by so many raises in a row."""
+LONG_S, QUIET_CALLS = 5.0, 20
+"""A pace that was not refused for so long is raised in any case; after twice that, so many calls are enough."""
+CLOSED, FEW_CALLS = 0.9, 8
+"""The share of refusals, of so many calls, at which an endpoint takes nothing, whatever is asked of it."""
 
 MEMORY_S = 30.0
 """What came of a way is forgotten by and by."""
@@ -36,7 +40,7 @@ FOUND_S = 3.0
 """After the limit was found, before what comes of it counts."""
 TRIAL_FROM_S = 5.0, 60.0
 """After a choice, before the other way is tried: that of pace, and that of places."""
-TRIALS_APART, MOST_APART_S = 2.5, 300.0
+TRIALS_APART, MOST_TRIALS, MOST_APART_S = 2.5, 8, 300.0
 """Each that changed nothing puts the next one off by so much."""
 TRIAL_EVERY = 800, 200
 """Calls between trials, times the number of those that changed nothing: usually, and where many are refused."""
@@ -48,7 +52,7 @@ PATIENT_S, PATIENCE = 3.2, 4
 """The time, at the beginning of a trial, in which more may be refused where much was refused before; how much more."""
 SETTLE_S = 2.0
 """After a pace on trial was found to be too high, before what comes of it counts."""
-TRIAL_S, TRIAL_CALLS, LONGEST_TRIAL_S = 6.0, 60, 40.0
+TRIAL_S, PLACES_TRIAL_S, TRIAL_CALLS, LONGEST_TRIAL_S = 6.0, 15.0, 60, 40.0
 BAD_CALLS, BAD_SHARE, BAD_FROM_S = 4, 0.25, 1.5
 """Calls refused, and of those taken, with which a trial is over."""
 HOPEFUL = 1.1
@@ -183,7 +187,7 @@ class Ages(msgspec.Struct, frozen=True):
 
 def account(known: Pacing, news: Measure, ages: Ages, crew: int) -> None:
     """Count what happened since the last time; `crew` is how many processes share the endpoint now."""
-    if crew != known.crew:  # what was before, and what it took to share anew, says nothing of what comes
+    if abs(crew - known.crew) > known.crew / 5:  # what was before, and what it took to share anew, says nothing now
         known.crew, known.way, known.untried = crew, Measure(), 0
     if known.trial is not None:
         known.trial.seen.add(news)
@@ -203,11 +207,11 @@ def account(known: Pacing, news: Measure, ages: Ages, crew: int) -> None:
 def is_time(known: Pacing, ages: Ages) -> bool:
     """Whether it is time to try the other way."""
     doubtful = known.way.rate < AS_GOOD * known.other
-    wait_s = TRIAL_FROM_S[known.pace > 0 and not doubtful] * TRIALS_APART**known.trials
+    wait_s = TRIAL_FROM_S[known.pace > 0 and not doubtful] * TRIALS_APART ** min(known.trials, MOST_TRIALS)
     return (
         ages.turn_s >= min(wait_s, MOST_APART_S)
-        and known.untried >= TRIAL_EVERY[known.troubled] * (1 + known.trials)
-        and known.way.rate >= LEAST_PACE
+        and known.untried >= TRIAL_EVERY[known.troubled] * (1 + min(known.trials, MOST_TRIALS))
+        and (known.pace > 0 or known.way.rate >= LEAST_PACE)
     )
 
 
@@ -216,12 +220,13 @@ def verdict(known: Pacing, mean_s: float) -> bool | None:
     trial, way = known.trial, known.way
     if trial is None:
         return None
-    if _is_bad(known, trial):
+    if _is_bad(known, trial) or trial.seen.seconds > 2 * LONGEST_TRIAL_S:
         return False
     settling = known.pace > 0 and (not known.bound or trial.settling_s < SETTLE_S)
     if settling and known.bound:
         known.way = Measure()
-    enough = way.seconds >= max(TRIAL_S, 2 * mean_s) and way.taken >= TRIAL_CALLS
+    trial_s = TRIAL_S if known.pace else PLACES_TRIAL_S
+    enough = way.seconds >= max(trial_s, 2 * mean_s) and way.taken >= TRIAL_CALLS
     if (enough and not settling) or way.seconds > LONGEST_TRIAL_S:
         return _is_better(way, trial.before, paced=known.pace > 0)
     return None
@@ -269,14 +274,16 @@ def adjust(known: Pacing, ages: Ages, *, may_raise: bool, may_fail: bool) -> Non
     """
     seen = known.lately
     if seen.refused >= max(FINDING, FINDING_SHARE * seen.taken):
-        _lower(known)
+        if seen.share < CLOSED or seen.calls < FEW_CALLS:  # else it takes nothing now, at whatever pace
+            _lower(known)
     elif not may_raise or ages.change_s < CLIMB_S:
         return
     elif not known.bound or known.pace < NEAR * known.bound:
         _raise(known, CLIMB)
     elif ages.change_s >= RAISE_S and (known.raises or may_fail or ages.change_s >= LONG_S):
         by = RAISE * min(1 + known.raises, MOST_RAISES)
-        if seen.taken >= RAISE_CALLS / by:
+        quiet = ages.change_s >= 2 * LONG_S and seen.taken >= QUIET_CALLS and not seen.refused
+        if seen.taken >= RAISE_CALLS / by or quiet:
             _raise(known, 1 + by)
 
 
@@ -284,6 +291,8 @@ def _raise(known: Pacing, factor: float) -> None:
     known.good = known.pace
     known.raises += 1
     known.change(factor * known.pace)
+    if known.raises >= FAR_RAISES and known.pace > FAR * known.bound:
+        known.bound = 0.0  # it was another endpoint's, so to speak
 
 
 def _lower(known: Pacing) -> None:

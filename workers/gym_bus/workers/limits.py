@@ -74,7 +74,7 @@ class SharedLimits:
                 async with asyncio.timeout(BUS_LIMIT_S):
                     await self._settle(gate, partner)
                 alone = False
-            except (BusError, TimeoutError) as e:
+            except Exception as e:  # whatever it is, calls go on
                 if not alone:  # said once, however long it lasts
                     log.info("limits_not_shared", endpoint=key, error=str(e) or "the bus does not answer")
                 alone = True

@@ -306,10 +306,13 @@ def _at_work(doing: Doing, report: WorkerReport, role: str) -> Wait:
 async def _endpoints(bus: Bus, seen: _Seen) -> list[Wait]:
     if not seen.waiting(subjects.REQUESTS):
         return []
-    found = []
+    found, there = [], {report.worker for report in seen.reports}
     for key in await bus.keys(subjects.LIMITS):
-        fleet = await bus.get(subjects.LIMITS, key, Fleet)
-        if fleet is None or fleet.limit is None or fleet.wanted <= fleet.busy:
+        try:
+            fleet = await bus.get(subjects.LIMITS, key, Fleet)
+        except msgspec.DecodeError:  # another version's
+            continue
+        if fleet is None or fleet.limit is None or not there & fleet.members.keys() or fleet.wanted <= fleet.busy:
             continue
         takes = f"{fleet.pace:,.1f} calls per second" if fleet.pace else f"{fleet.limit:,} calls at a time"
         wanted = fleet.wanted
