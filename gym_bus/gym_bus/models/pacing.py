@@ -29,8 +29,9 @@ calls went beyond the pace before."""
 NEAR = 0.93
 FAR, FAR_RAISES = 1.3, 4
 """A bound is forgotten when the pace is so far beyond it, by so many raises in a row."""
-LONG_S, QUIET_CALLS = 5.0, 20
-"""A pace that was not refused for so long is raised in any case; after twice that, so many calls are enough."""
+LONG_S, QUIET_CALLS, QUIET_RAISE = 5.0, 10, 1.1
+"""A pace that was not refused for so long is raised in any case; after twice that, so many calls are enough, and it
+grows by so much: few calls a second would take minutes to show that a small raise is good."""
 CLOSED, FEW_CALLS = 0.9, 8
 """The share of refusals, of so many calls, at which an endpoint takes nothing, whatever is asked of it."""
 
@@ -282,9 +283,10 @@ def adjust(known: Pacing, ages: Ages, *, may_raise: bool, may_fail: bool) -> Non
         _raise(known, CLIMB)
     elif ages.change_s >= RAISE_S and (known.raises or may_fail or ages.change_s >= LONG_S):
         by = RAISE * min(1 + known.raises, MOST_RAISES)
-        quiet = ages.change_s >= 2 * LONG_S and seen.taken >= QUIET_CALLS and not seen.refused
-        if seen.taken >= RAISE_CALLS / by or quiet:
+        if seen.taken >= RAISE_CALLS / by:
             _raise(known, 1 + by)
+        elif ages.change_s >= 2 * LONG_S and seen.taken >= QUIET_CALLS and not seen.refused:
+            _raise(known, QUIET_RAISE)
 
 
 def _raise(known: Pacing, factor: float) -> None:
