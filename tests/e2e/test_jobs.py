@@ -108,6 +108,7 @@ def test_recorded_answers_over_http_score_as_in_process(cli: Cli, choices: Path,
     assert served["pass_at"]["pass@1"]["mean"] == plain["pass_at"]["pass@1"]["mean"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 def test_workers_of_every_kind_may_die_and_join_while_a_job_runs(cli: Cli, choices: Path) -> None:
     server = cli.start("bus", "serve", "--port", "0", "--store", "nats", until="serving")
     url = server.said.split()[-1]  # type: ignore[attr-defined]

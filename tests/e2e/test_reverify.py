@@ -158,6 +158,7 @@ CODE: list[tuple[dict[str, Any], dict[str, Any], float]] = [
 ]
 
 
+@pytest.mark.slow
 def test_programs_are_run_again_against_the_tests_that_the_rollouts_have_lost(cli: Cli) -> None:
     write_run(cli.folder, CODE, dropped=("verifier_metadata",))
 
