@@ -207,7 +207,7 @@ async def test_programs_leave_nothing_behind_in_a_worker(service: VerifierServic
     count, groups, files, resident = held()
     assert all(await asyncio.gather(*(run_code(service, n) for n in range(120))))
     now = held()
-    assert now[:2] == (count, groups)
+    assert now[0] <= count and now[1] <= groups  # fewer where a worker is just being replaced
     assert now[2] < files + 10
     assert now[3] < resident + 4e6
 
