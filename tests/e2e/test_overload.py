@@ -95,3 +95,7 @@ async def test_a_cancelled_job_of_ten_thousand_makes_no_model_call_a_second_late
     assert cancelled == CANCELLED  # there is no verifier worker: none has a reward
     assert (status[0]["state"], status[0]["in_flight"]) == ("cancelled", 0)
     assert model.calls - before <= CONCURRENCY / LATENCY_S  # what the worker can do in a second, where it has a second
+
+    after = model.calls
+    await asyncio.to_thread(cli.json, "eval", "status", job, "--nats", bus_url)
+    assert model.calls == after
