@@ -37,6 +37,8 @@ NAMES = {
     "control store": ("/gcs/gcs_server ",),
 }
 """What the command lines of a pool's processes have in them."""
+others: set[psutil.Process] = set()
+"""Children of this process that are no pool's, such as a sandbox that other tests share."""
 terminated: list[int] = []
 
 
@@ -48,6 +50,7 @@ async def service(request: pytest.FixtureRequest, scripted_verifier: str) -> Asy
     if request.param == "ray":
         pytest.importorskip("ray")
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminated.append, signal.SIGTERM)
+    others.update(psutil.Process().children(recursive=True))
     config = VerifierConfig(
         executor=request.param,
         limit_s=LIMIT_S,
@@ -77,6 +80,8 @@ def pool_of(service: VerifierService) -> BatchingPool:
 def processes(kind: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
+        if process in others:
+            continue
         try:
             line = " ".join(process.cmdline())
         except psutil.Error:
