@@ -265,7 +265,7 @@ class RewardStream:
         return self
 
     async def _open(self, bus: Bus) -> None:
-        record: JobRecord | None = await bus.get(subjects.JOBS, self._job, JobRecord)
+        record: JobRecord | None = await bus.state.get(subjects.JOBS, self._job, JobRecord)
         if record is None:
             raise UsageError(f"no job {self._job!r} on this server; `gym-bus eval status` lists the jobs")
         self._record = record
@@ -286,7 +286,7 @@ class RewardStream:
         self._heartbeat = asyncio.create_task(self._extend(), name="trainer lease")
 
     async def _ensure(self) -> None:
-        await self._open_bus.consumer(
+        await self._open_bus.consumers.ensure(
             subjects.RESULTS,
             self._consumer,
             subjects.results_of(self._job),
@@ -371,19 +371,19 @@ class RewardStream:
     async def _settled(self) -> bool:
         """Whether the job has ended and every result it will have is on the stream."""
         bus = self._open_bus
-        record: JobRecord | None = await bus.get(subjects.JOBS, self._job, JobRecord)
+        record: JobRecord | None = await bus.state.get(subjects.JOBS, self._job, JobRecord)
         if record is not None and not record.over:
             self._moved_at = None
             return False
         if self._moved_at is None:
             self._moved_at = time.monotonic()
-        if await bus.count(subjects.RESULTS, subjects.results_of(self._job)) >= self._record.total:
+        if await bus.streams.count(subjects.RESULTS, subjects.results_of(self._job)) >= self._record.total:
             return True
         return time.monotonic() - self._moved_at > SETTLE_S
 
     async def _pending(self) -> bool:
         """Whether this durable was not handed all of what is on the stream."""
-        info = await self._open_bus.consumer_info(subjects.RESULTS, self._consumer)
+        info = await self._open_bus.consumers.info(subjects.RESULTS, self._consumer)
         if info.num_pending or self._arrived.qsize():
             return True
         # More than we hold: put back for later, or leased by a stream of this name that died, until its lease runs out.
@@ -448,7 +448,7 @@ class RewardStream:
     async def _gone(self, delivery: Delivery) -> bool:
         """Whether the body could not be had for the last time. Tries do not count while the server is away."""
         try:
-            await self._open_bus.consumer_info(subjects.RESULTS, self._consumer)
+            await self._open_bus.consumers.info(subjects.RESULTS, self._consumer)
         except BusError:
             return False
         self._tries[delivery.message_id] = self._tries.get(delivery.message_id, 0) + 1
@@ -522,7 +522,7 @@ class RewardStream:
         grown = _Spans(self._committed.pairs)
         for first, end in chain(spans, *self._unsaved.values()):
             grown.add(first, end)
-        revision = await self._open_bus.swap(TRAINERS, self._key, Committed(grown.pairs), self._revision)
+        revision = await self._open_bus.state.swap(TRAINERS, self._key, Committed(grown.pairs), self._revision)
         if revision is None:
             return False
         self._committed, self._revision = grown, revision
@@ -530,7 +530,7 @@ class RewardStream:
 
     async def _load(self) -> None:
         """Join what the broker noted to what is known here."""
-        found = await self._open_bus.get_entry(TRAINERS, self._key, Committed)
+        found = await self._open_bus.state.get_entry(TRAINERS, self._key, Committed)
         record, self._revision = found or (Committed(), 0)
         for first, end in record.spans:
             self._committed.add(first, end)

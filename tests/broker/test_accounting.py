@@ -52,7 +52,7 @@ async def publish(bus: Bus, *messages: Request | Attempt | Scored | Failed) -> N
 
 
 async def issued(bus: Bus, count: int) -> None:
-    await bus.put(subjects.JOBS, "job.issued", Issued(count))
+    await bus.state.put(subjects.JOBS, "job.issued", Issued(count))
 
 
 async def test_every_rollout_is_in_the_furthest_place_where_it_is_seen(bus: Bus) -> None:
@@ -110,7 +110,7 @@ async def test_a_failure_on_its_way_into_a_queue_is_in_flight_and_a_second_look_
     monkeypatch.setattr(accounting, "read_books", read_and_count)
     assert (await read_account(bus, RECORD)).unaccounted == 1
     assert looks == 2
-    await bus.put(subjects.JOBS, "job.progress", JobProgress(retrying=1))
+    await bus.state.put(subjects.JOBS, "job.progress", JobProgress(retrying=1))
     account = await read_account(bus, RECORD)
     assert (account.retrying, account.in_flight, account.unaccounted, looks) == (1, 1, 0, 3)
 
@@ -122,22 +122,22 @@ async def test_other_jobs_and_rollouts_that_the_job_does_not_have_do_not_count(b
 
 
 async def test_stored_ids_are_listed_batch_by_batch(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gym_bus.bus.connection.IDS_MESSAGES", 4)
+    monkeypatch.setattr("gym_bus.bus.streams.IDS_MESSAGES", 4)
     for task in range(11):
         await publish(bus, a_request(task))
         await bus.publish(
             Request(rollout=RolloutId("other", task, 0), agent="simple", model="m", verifier="v", row=b"{}"),
             f"other.{task}.0#1",
         )
-    ids = await bus.ids(subjects.REQUESTS, subjects.requests_of("job"))
+    ids = await bus.streams.ids(subjects.REQUESTS, subjects.requests_of("job"))
     assert ids == [f"job.{task}.0#1" for task in range(11)]
-    assert await bus.ids(subjects.REQUESTS, subjects.requests_of("nobody")) == []
+    assert await bus.streams.ids(subjects.REQUESTS, subjects.requests_of("nobody")) == []
 
 
 async def test_only_an_older_failure_makes_room(bus: Bus) -> None:
     await publish(bus, failed(0, 0), failed(0, 1, number=2), scored(1, 0))
     at = [RolloutId("job", 0, 0), RolloutId("job", 0, 1), RolloutId("job", 1, 0), RolloutId("job", 1, 1)]
     assert [await make_room(bus, rollout, 2) for rollout in at] == [True, False, False, True]
-    results = bus.outcomes(subjects.RESULTS, subjects.results_of("job"))
+    results = bus.streams.outcomes(subjects.RESULTS, subjects.results_of("job"))
     left = {(o.task_index, o.rollout_index) async for o in results}
     assert left == {(0, 1), (1, 0)}

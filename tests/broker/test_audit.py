@@ -81,7 +81,7 @@ async def files(bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jo
         gym_bus_version="0",
     ).save(files.manifest)
     await enrol(bus, a_record())
-    await bus.put(subjects.JOBS, "job.issued", Issued(TASKS))
+    await bus.state.put(subjects.JOBS, "job.issued", Issued(TASKS))
     for task in range(TASKS):
         await bus.publish(scored(task) if task else failed(task), f"job.{task}.0#1")
     with open_writer(a_record(), files, QUICK) as writer:
@@ -92,7 +92,7 @@ async def files(bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jo
 
 
 async def audited(bus: Bus, files: JobFiles | None) -> Audit:
-    return await audit_job(bus, await bus.get(subjects.JOBS, "job", JobRecord), files.folder if files else None)
+    return await audit_job(bus, await bus.state.get(subjects.JOBS, "job", JobRecord), files.folder if files else None)
 
 
 def found(audit: Audit) -> list[tuple[str, str, int, list[str]]]:
@@ -108,7 +108,7 @@ async def test_a_job_that_is_done_adds_up(bus: Bus, files: JobFiles, with_files:
 
 
 async def purge(bus: Bus, task: int) -> None:
-    await bus.purge(subjects.RESULTS, subjects.result("job", task, 0))
+    await bus.streams.purge(subjects.RESULTS, subjects.result("job", task, 0))
 
 
 async def another_reward(bus: Bus) -> None:
@@ -150,7 +150,7 @@ async def test_files_that_are_not_what_the_stream_holds_are_named(
 
 
 async def test_results_that_grew_too_old_for_the_stream_are_taken_from_the_files(bus: Bus, files: JobFiles) -> None:
-    await bus.purge(subjects.RESULTS, subjects.results_of("job"))
+    await bus.streams.purge(subjects.RESULTS, subjects.results_of("job"))
     await bus.publish(scored(0), "other")  # the stream's first message is now a later one
     await purge(bus, 0)
 
@@ -163,7 +163,7 @@ async def test_results_that_grew_too_old_for_the_stream_are_taken_from_the_files
 
 async def test_a_job_that_runs_is_counted_where_it_is(bus: Bus) -> None:
     await enrol(bus, a_record())
-    await bus.put(subjects.JOBS, "job.issued", Issued(TASKS))
+    await bus.state.put(subjects.JOBS, "job.issued", Issued(TASKS))
     await bus.publish(a_request(0), "job.0.0#1")
     await bus.publish(a_request(1), "job.1.0#1")
     await bus.publish(an_attempt(1), "job.1.0#1")
@@ -178,7 +178,7 @@ async def test_a_job_that_runs_is_counted_where_it_is(bus: Bus) -> None:
 async def test_a_rollout_that_is_nowhere_is_named(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOK_AGAIN_S", 0.05)
     await enrol(bus, a_record())
-    await bus.put(subjects.JOBS, "job.issued", Issued(3))
+    await bus.state.put(subjects.JOBS, "job.issued", Issued(3))
     await bus.publish(a_request(0), "job.0.0#1")
     await bus.publish(scored(2), "job.2.0#1")
 
@@ -200,7 +200,7 @@ async def test_a_failure_that_is_tried_again_is_in_flight(bus: Bus, files: JobFi
 
 async def test_a_cancelled_job_adds_up(bus: Bus, tmp_path: Path) -> None:
     await enrol(bus, a_record())
-    await bus.put(subjects.JOBS, "job.issued", Issued(2))
+    await bus.state.put(subjects.JOBS, "job.issued", Issued(2))
     await bus.publish(a_request(0), "job.0.0#1")
     await bus.publish(scored(1), "job.1.0#1")
     await cancel_job(bus, a_record())

@@ -14,7 +14,7 @@ import pytest
 from conftest import NatsServer, until, wait_for_port
 
 from gym_bus import subjects
-from gym_bus.bus import Bus, Delivery, Follower, Pull, connection, pull
+from gym_bus.bus import Bus, Delivery, Follower, Pull, asking, pull
 from gym_bus.errors import BodyLost, BusError, FailureKind
 from gym_bus.messages import Failed, Failure, Policy, Request, RolloutId, Scored
 from gym_bus.server import find_binary
@@ -52,13 +52,13 @@ async def test_init_twice_changes_nothing_and_updates_limits(bus: Bus) -> None:
 async def test_a_repeat_under_the_same_id_is_stored_once(bus: Bus) -> None:
     assert await bus.publish(a_request(), "job.0.0#1") is True
     assert await bus.publish(a_request(), "job.0.0#1") is False
-    assert await bus.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 1
+    assert await bus.streams.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 1
 
 
 async def test_a_second_result_of_a_rollout_is_refused_whatever_its_id(bus: Bus) -> None:
     assert await bus.publish(a_result(0, 1.0), "job.0.0#1") is True
     assert await bus.publish(a_result(0, 0.0), "job.0.0#2") is False
-    assert await bus.count(subjects.RESULTS, subjects.results_of("job")) == 1
+    assert await bus.streams.count(subjects.RESULTS, subjects.results_of("job")) == 1
 
 
 async def test_a_full_stream_makes_the_publisher_wait(nats_server: NatsServer, bus: Bus) -> None:
@@ -70,7 +70,7 @@ async def test_a_full_stream_makes_the_publisher_wait(nats_server: NatsServer, b
             second = asyncio.create_task(tight.publish(a_request(task=1), "job.1.0#1"))
             done, _ = await asyncio.wait({second}, timeout=0.3)
             assert not done
-            await tight.purge(subjects.REQUESTS, subjects.requests_of("job"))
+            await tight.streams.purge(subjects.REQUESTS, subjects.requests_of("job"))
             assert await asyncio.wait_for(second, 60) is True
         finally:
             await bus.init()
@@ -86,8 +86,8 @@ async def test_a_body_over_the_inline_limit_travels_as_a_claim(nats_server: Nats
         message = await got[0].message()
         assert isinstance(message, Request)
         assert message.row == row
-        assert await claiming.delete_blobs("job") == 1
-        assert await claiming.delete_blobs("job") == 0
+        assert await claiming.blobs.delete_of("job") == 1
+        assert await claiming.blobs.delete_of("job") == 0
         with pytest.raises(BodyLost, match="not found"):
             await got[0].message()
 
@@ -96,15 +96,15 @@ async def test_the_bodies_of_results_outlive_their_job_for_as_long_as_their_mess
     row = b'{"text":"' + b"x" * 5000 + b'"}'
     async with await Bus.connect(BusConfig(url=bus.config.url, inline_limit_bytes=1000)) as keeping:
         await keeping.publish(a_result(0, row=row), "job.0.0#1")
-        assert await keeping.delete_blobs("job") == 0
+        assert await keeping.blobs.delete_of("job") == 0
     short = BusConfig(url=bus.config.url, results=StreamConfig(max_age_s=0.001))
     async with await Bus.connect(short) as forgetting:
-        assert await forgetting.delete_blobs("another") == 1
+        assert await forgetting.blobs.delete_of("another") == 1
 
 
 async def receive(bus: Bus, count: int, wanted: int = 1000, max_deliver: int = 5) -> list[Delivery]:
     got: list[Delivery] = []
-    await bus.consumer(
+    await bus.consumers.ensure(
         subjects.REQUESTS,
         "test",
         subjects.request("batch", "simple", "*"),
@@ -121,7 +121,7 @@ async def receive(bus: Bus, count: int, wanted: int = 1000, max_deliver: int = 5
 async def test_a_pull_asks_for_no_more_than_there_is_room_for(bus: Bus) -> None:
     await asyncio.gather(*(bus.publish(a_request(task=i), f"job.{i}.0#1") for i in range(50)))
     got = await receive(bus, 10, wanted=10)
-    info = await bus.consumer_info(subjects.REQUESTS, "test")
+    info = await bus.consumers.info(subjects.REQUESTS, "test")
     assert len(got) == 10
     assert info.num_pending == 40
 
@@ -143,7 +143,7 @@ async def test_publishing_and_pulling_survive_a_killed_server(own_server: NatsSe
     async with await Bus.connect(BusConfig(url=own_server.url)) as bus:
         await bus.init()
         got: list[Delivery] = []
-        await bus.consumer(subjects.REQUESTS, "t", "gym.request.>", max_ack_pending=10_000, max_deliver=5)
+        await bus.consumers.ensure(subjects.REQUESTS, "t", "gym.request.>", max_ack_pending=10_000, max_deliver=5)
         pull = Pull(bus, subjects.REQUESTS, "t", got.append, lambda: 100_000 - len(got))
         await pull.start()
         publishing = asyncio.gather(*(bus.publish(a_request(task=i), f"job.{i}.0#1") for i in range(3000)))
@@ -183,39 +183,39 @@ async def test_a_follower_reads_all_results_in_order_across_a_killed_server(own_
 
 
 async def test_values_are_swapped_only_at_the_known_revision(bus: Bus) -> None:
-    revision = await bus.swap(subjects.JOBS, "k", {"a": 1}, 0)
+    revision = await bus.state.swap(subjects.JOBS, "k", {"a": 1}, 0)
     assert revision
-    assert await bus.swap(subjects.JOBS, "k", {"a": 2}, 0) is None
-    newer = await bus.swap(subjects.JOBS, "k", {"a": 3}, revision)
+    assert await bus.state.swap(subjects.JOBS, "k", {"a": 2}, 0) is None
+    newer = await bus.state.swap(subjects.JOBS, "k", {"a": 3}, revision)
     assert newer
-    assert await bus.swap(subjects.JOBS, "k", {"a": 4}, revision) is None
-    assert await bus.get(subjects.JOBS, "k") == {"a": 3}
-    assert "k" in await bus.keys(subjects.JOBS)
-    await bus.remove(subjects.JOBS, "k")
-    assert await bus.get(subjects.JOBS, "k") is None
+    assert await bus.state.swap(subjects.JOBS, "k", {"a": 4}, revision) is None
+    assert await bus.state.get(subjects.JOBS, "k") == {"a": 3}
+    assert "k" in await bus.state.keys(subjects.JOBS)
+    await bus.state.remove(subjects.JOBS, "k")
+    assert await bus.state.get(subjects.JOBS, "k") is None
 
 
 async def test_stored_messages_are_listed_with_their_ids(bus: Bus) -> None:
     for i in range(3):
         await bus.publish(a_request(task=i), f"job.{i}.0#1")
     await bus.publish(a_request(job="other"), "other.0.0#1")
-    found = [m async for m in bus.messages(subjects.REQUESTS, subjects.requests_of("job"))]
-    assert [message_id for _, _, message_id in found] == ["job.0.0#1", "job.1.0#1", "job.2.0#1"]
-    await bus.delete(subjects.REQUESTS, found[0][0])
-    assert await bus.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 2
-    assert await bus.message_at(subjects.REQUESTS, found[0][0]) is None
+    found = [m async for m in bus.streams.messages(subjects.REQUESTS, subjects.requests_of("job"))]
+    assert [message.message_id for message in found] == ["job.0.0#1", "job.1.0#1", "job.2.0#1"]
+    await bus.streams.delete(subjects.REQUESTS, found[0].sequence)
+    assert await bus.streams.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 2
+    assert await bus.streams.at(subjects.REQUESTS, found[0].sequence) is None
 
 
 async def test_deleting_what_is_gone_already_is_no_error(bus: Bus) -> None:
     for i in range(3):
         await bus.publish(a_request(task=i), f"job.{i}.0#1")
     for sequence in (2, 2, 1, 1, 3, 3, 4711):  # between others, the first, the last, none
-        await bus.delete(subjects.REQUESTS, sequence)
-    assert await bus.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 0
+        await bus.streams.delete(subjects.REQUESTS, sequence)
+    assert await bus.streams.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 0
 
 
 async def test_only_what_has_used_up_its_deliveries_is_stuck(bus: Bus) -> None:
-    await bus.consumer(
+    await bus.consumers.ensure(
         subjects.REQUESTS, "test", subjects.request("batch", "simple", "*"), max_ack_pending=100, max_deliver=1
     )
     for i in range(3):
@@ -224,25 +224,25 @@ async def test_only_what_has_used_up_its_deliveries_is_stuck(bus: Bus) -> None:
     await dropped.nak()
     await done.ack()
     await until(lambda: used_up(bus))
-    assert leased.sequence not in await bus.stuck_sequences(subjects.REQUESTS, subjects.requests_of("job"))
+    assert leased.sequence not in await bus.consumers.stuck(subjects.REQUESTS, subjects.requests_of("job"))
     await bus.publish(a_request(task=3), "job.3.0#1")
     await bus.ack_confirmed(leased.reply)
-    assert await bus.stuck_sequences(subjects.REQUESTS, subjects.requests_of("job")) == [dropped.sequence]
-    assert await bus.stuck_sequences(subjects.REQUESTS, subjects.requests_of("other")) == []
+    assert await bus.consumers.stuck(subjects.REQUESTS, subjects.requests_of("job")) == [dropped.sequence]
+    assert await bus.consumers.stuck(subjects.REQUESTS, subjects.requests_of("other")) == []
 
 
 async def used_up(bus: Bus) -> bool:
     """Whether the consumer has seen the nak and waits for one ack only."""
     nudge = Pull(bus, subjects.REQUESTS, "test", lambda _: None, lambda: 1)  # looks at the message: it is not delivered
     await nudge.start()
-    info = await bus.consumer_info(subjects.REQUESTS, "test")
+    info = await bus.consumers.info(subjects.REQUESTS, "test")
     await nudge.stop()
     return bool(info.num_ack_pending == 1)
 
 
 async def test_healthy_traffic_is_never_stuck(bus: Bus) -> None:
     answers: list[asyncio.Task[None]] = []
-    await bus.consumer(
+    await bus.consumers.ensure(
         subjects.REQUESTS, "test", subjects.request("batch", "simple", "*"), max_ack_pending=1000, max_deliver=5
     )
     pull = Pull(bus, subjects.REQUESTS, "test", lambda d: answers.append(asyncio.ensure_future(d.ack())), lambda: 200)
@@ -254,14 +254,14 @@ async def test_healthy_traffic_is_never_stuck(bus: Bus) -> None:
 
     publishing = asyncio.create_task(publish())
     while not publishing.done():
-        assert await bus.stuck_sequences(subjects.REQUESTS, subjects.requests_of("job")) == []
+        assert await bus.consumers.stuck(subjects.REQUESTS, subjects.requests_of("job")) == []
     await publishing
     await pull.stop()
 
 
 async def test_a_stopped_pull_leaves_nothing_leased_to_nobody(bus: Bus) -> None:
     await asyncio.gather(*(bus.publish(a_request(task=i), f"job.{i}.0#1") for i in range(2000)))
-    await bus.consumer(
+    await bus.consumers.ensure(
         subjects.REQUESTS, "test", subjects.request("batch", "simple", "*"), max_ack_pending=10_000, max_deliver=-1
     )
     taken = 0
@@ -272,7 +272,7 @@ async def test_a_stopped_pull_leaves_nothing_leased_to_nobody(bus: Bus) -> None:
         for _ in range(3 * moment):
             await asyncio.sleep(0)
         await pull.stop()
-        info = await bus.consumer_info(subjects.REQUESTS, "test")
+        info = await bus.consumers.info(subjects.REQUESTS, "test")
         assert info.num_ack_pending == len(got)
         await asyncio.gather(*(bus.ack_confirmed(delivery.reply) for delivery in got))
         taken += len(got)
@@ -283,7 +283,7 @@ async def test_a_pull_of_a_process_that_stalls_while_it_stops_takes_what_was_lea
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pull, "STOP_LOOK_S", 0.05)
-    await bus.consumer(
+    await bus.consumers.ensure(
         subjects.REQUESTS, "test", subjects.request("batch", "simple", "*"), max_ack_pending=10_000, max_deliver=-1
     )
     got: list[Delivery] = []
@@ -303,7 +303,7 @@ async def test_a_pull_of_a_process_that_stalls_while_it_stops_takes_what_was_lea
 
 async def test_what_comes_while_a_pull_stops_is_handed_back(bus: Bus) -> None:
     await asyncio.gather(*(bus.publish(a_request(task=i), f"job.{i}.0#1") for i in range(300)))
-    await bus.consumer(
+    await bus.consumers.ensure(
         subjects.REQUESTS, "test", subjects.request("batch", "simple", "*"), max_ack_pending=10_000, max_deliver=-1
     )
     got: list[Delivery] = []
@@ -379,8 +379,8 @@ async def test_a_server_that_is_away_is_a_bus_error(own_server: NatsServer, monk
     async with await Bus.connect(BusConfig(url=own_server.url)) as bus:
         await bus.init()
         own_server.kill()
-        monkeypatch.setattr(connection, "API_LIMIT_S", 0.3)
-        for call in (bus.announce("gym.control.x"), bus.bucket("another"), bus.put("a-third", "k", 1)):
+        monkeypatch.setattr(asking, "API_LIMIT_S", 0.3)
+        for call in (bus.announce("gym.control.x"), bus.state.bucket("another"), bus.state.put("a-third", "k", 1)):
             with pytest.raises(BusError):
                 await call
 

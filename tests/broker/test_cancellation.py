@@ -79,23 +79,23 @@ async def test_who_cleans_up_after_a_cancellation_may_use_the_bus(bus: Bus) -> N
         try:
             await asyncio.Event().wait()
         finally:
-            cleaned.append(await bus.size(subjects.REQUESTS))
+            cleaned.append((await bus.streams.state(subjects.REQUESTS)).messages)
             await bus.announce("gym.test")
 
-    cleaned: list[tuple[int, int]] = []
+    cleaned: list[int] = []
     task = asyncio.create_task(work())
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait({task}, timeout=LIMIT_S)
-    assert (task.cancelled(), cleaned) == (True, [(0, 0)])
+    assert (task.cancelled(), cleaned) == (True, [0])
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda bus: bus.size(subjects.REQUESTS),
-        lambda bus: bus.get(subjects.JOBS, "job"),
-        lambda bus: bus.message_at(subjects.RESULTS, 1),
+        lambda bus: bus.streams.state(subjects.REQUESTS),
+        lambda bus: bus.state.get(subjects.JOBS, "job"),
+        lambda bus: bus.streams.at(subjects.RESULTS, 1),
         lambda bus: Follower(bus, subjects.RESULTS, "gym.result.>", 1).batch(LIMIT_S),
     ],
     ids=["size", "get", "message_at", "batch"],
@@ -103,7 +103,7 @@ async def test_who_cleans_up_after_a_cancellation_may_use_the_bus(bus: Bus) -> N
 async def test_a_call_that_is_cancelled_with_its_answer_ends(
     bus: Bus, call: Callable[[Bus], Awaitable[object]]
 ) -> None:
-    await bus.bucket(subjects.JOBS)
+    await bus.state.bucket(subjects.JOBS)
     assert [await heeds(bus, call(bus), steps=steps) for steps in range(5)] == [True] * 5
 
 

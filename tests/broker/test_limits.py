@@ -138,7 +138,7 @@ async def looked_at(bus: Bus, key: str, endpoint: Counter) -> list[Fleet]:
     endpoint.forget()
 
     async def look() -> bool:
-        records.append(await bus.get(subjects.LIMITS, key, Fleet))
+        records.append(await bus.state.get(subjects.LIMITS, key, Fleet))
         return endpoint.came >= LOOK_CALLS
 
     await until(look)
@@ -159,11 +159,11 @@ async def test_a_hard_limit_is_found_kept_and_shared_with_who_joins(bus: Bus, na
     async with sharing(nats_server.url, most_in_flight=LIMIT) as (endpoint, workers, key):
 
         async def found() -> bool:
-            fleet: Fleet | None = await bus.get(subjects.LIMITS, key, Fleet)
+            fleet: Fleet | None = await bus.state.get(subjects.LIMITS, key, Fleet)
             return fleet is not None and near(fleet.limit) and len(fleet.members) == WORKERS
 
         async def shared() -> bool:
-            members = (await bus.get(subjects.LIMITS, key, Fleet)).members
+            members = (await bus.state.get(subjects.LIMITS, key, Fleet)).members
             return joined.name in members and members[joined.name].places >= LIMIT // (WORKERS + 1) - 1
 
         crew = [await workers.join() for _ in range(WORKERS)]
@@ -193,4 +193,4 @@ async def test_an_endpoint_that_never_refuses_is_not_held_back(nats_server: Nats
 
         await until(lambda: endpoint.in_flight == WORKERS * CALLS)
 
-        assert (await bus.get(subjects.LIMITS, key, Fleet)).limit is None
+        assert (await bus.state.get(subjects.LIMITS, key, Fleet)).limit is None

@@ -80,14 +80,13 @@ async def order(bus: Bus, count: int, job: str = "job") -> None:
 
 
 async def waiting(bus: Bus, stream: str = subjects.REQUESTS) -> int:
-    return (await bus.size(stream))[0]
+    return (await bus.streams.state(stream)).messages
 
 
 async def the_result(bus: Bus, task: int = 0) -> Result:
-    found = [s async for s, _, _ in bus.messages(subjects.RESULTS, subjects.result("job", task, 0))]
-    stored = await bus.message_at(subjects.RESULTS, found[0])
+    stored = await bus.streams.last(subjects.RESULTS, subjects.result("job", task, 0))
     assert stored
-    return as_result(decode(stored[1]))
+    return as_result(decode(stored.body))
 
 
 async def test_every_request_becomes_one_attempt_and_is_acked_after_it(bus: Bus) -> None:
@@ -267,7 +266,7 @@ async def test_a_full_stream_makes_the_outcome_wait_and_costs_no_second_try(bus:
 
 async def emptied(bus: Bus) -> bool:
     """Verify nothing, drop every attempt: whether no request is left."""
-    await bus.purge(subjects.ATTEMPTS, subjects.attempts_of("job"))
+    await bus.streams.purge(subjects.ATTEMPTS, subjects.attempts_of("job"))
     return await drained(bus)
 
 
@@ -280,7 +279,7 @@ async def test_an_outcome_that_waits_for_a_full_stream_is_dropped_with_its_job(b
                 await order(bus, 3)
                 await until(lambda: loop.in_flight == 2 and len(handler.given) == 3 and not handler.running)
                 handler.cancellations.add("job", 2e9)
-                await bus.purge(subjects.REQUESTS, subjects.requests_of("job"))
+                await bus.streams.purge(subjects.REQUESTS, subjects.requests_of("job"))
                 loop.drop("job")
                 await until(lambda: loop.in_flight == 0)
         finally:
@@ -374,7 +373,7 @@ async def attempts(bus: Bus, verifier: str, count: int) -> None:
 
 
 async def leased(bus: Bus, sources: list[Source]) -> int:
-    infos = [await bus.consumer_info(subjects.ATTEMPTS, source.consumer) for source in sources]
+    infos = [await bus.consumers.info(subjects.ATTEMPTS, source.consumer) for source in sources]
     return sum(info.num_ack_pending or 0 for info in infos)
 
 
@@ -449,7 +448,7 @@ async def test_a_worker_that_dies_loses_its_lease_not_its_work(bus: Bus) -> None
         await until(lambda: asyncio.get_running_loop().time() > lease_over)
         assert handler.given == []  # the heartbeat kept the lease
         await first.client.close()  # as a killed process: no goodbye
-        lease = (await bus.consumer_info(subjects.REQUESTS, "short")).config
+        lease = (await bus.consumers.info(subjects.REQUESTS, "short")).config
         await bus.js.add_consumer(subjects.REQUESTS, lease, ack_wait=0.5)  # its end need not be waited for
         await until(lambda: len(handler.given) >= 2)
         await living.drain(1.0)
@@ -494,7 +493,7 @@ async def test_a_message_that_kills_its_workers_ends_as_poison_and_takes_no_othe
 
 
 async def test_an_order_that_was_stored_twice_is_worked_on_once(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gym_bus.bus.connection.DEDUPE_WINDOW_S", 0.1)
+    monkeypatch.setattr("gym_bus.bus.topology.DEDUPE_WINDOW_S", 0.1)
     await bus.init()
     gate = asyncio.Event()
 
@@ -521,7 +520,7 @@ async def test_an_order_that_was_stored_twice_is_worked_on_once(bus: Bus, monkey
 
 
 async def both_are_leased(bus: Bus) -> bool:
-    info = await bus.consumer_info(subjects.REQUESTS, "agent-batch-simple")
+    info = await bus.consumers.info(subjects.REQUESTS, "agent-batch-simple")
     return bool(info.num_ack_pending == 2)
 
 

@@ -41,7 +41,7 @@ async def test_every_request_is_published_once_batch_by_batch(
     assert await run() == 0, "the broker has them all"
     assert progress == [100, 200, 250] * 2
     assert await issued_count(bus, "job") == ROWS
-    tasks = [int(name.split(".")[1]) for name in await bus.ids(subjects.REQUESTS, subjects.requests_of("job"))]
+    tasks = [int(name.split(".")[1]) for name in await bus.streams.ids(subjects.REQUESTS, subjects.requests_of("job"))]
     assert sorted(tasks) == [i for i in range(ROWS) if i != 7]
 
 

@@ -86,8 +86,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 async def stored(bus: Bus, stream: str, subject: str) -> list[tuple[str, Any]]:
     """Message ids and messages of a subject."""
-    found = [await bus.message_at(stream, sequence) async for sequence, _, _ in bus.messages(stream, subject)]
-    return [(name, decode(body)) for name, body in filter(None, found)]
+    return [(message.message_id, decode(message.body)) async for message in bus.streams.messages(stream, subject)]
 
 
 @asynccontextmanager
@@ -158,7 +157,7 @@ async def test_a_late_result_does_not_keep_the_place_of_the_newer_one(
 
 
 async def is_empty(bus: Bus) -> bool:
-    return await bus.count(subjects.RESULTS, subjects.results_of("job")) == 0
+    return await bus.streams.count(subjects.RESULTS, subjects.results_of("job")) == 0
 
 
 def lost(task: int) -> Failed:
@@ -229,7 +228,7 @@ async def test_a_check_that_the_bus_loses_is_ordered_again_as_a_check(bus: Bus, 
         writer.append([(1, lost(0)), (2, scored(1))])
 
     async with replaying(bus, files):
-        await bus.purge(subjects.ATTEMPTS, subjects.attempts_of("job"))
+        await bus.streams.purge(subjects.ATTEMPTS, subjects.attempts_of("job"))
         await until(lambda: stored(bus, subjects.ATTEMPTS, subjects.attempts_of("job")))
         ((name, _),) = await stored(bus, subjects.ATTEMPTS, subjects.attempts_of("job"))
 
@@ -272,7 +271,7 @@ async def results_worker(bus: Bus, output: Path) -> AsyncIterator[Recorder]:
 
 
 async def job_is_done(bus: Bus) -> bool:
-    job = await bus.get(subjects.JOBS, "job", JobRecord)
+    job = await bus.state.get(subjects.JOBS, "job", JobRecord)
     return bool(job.state == "done")
 
 
@@ -317,7 +316,7 @@ async def test_an_order_outlives_the_results_worker_that_took_it(bus: Bus, tmp_p
         await bus.publish(scored(1, 2), "job.1.0#2")
         await until(lambda: job_is_done(bus))
 
-    order = await bus.get(subjects.JOBS, replay_key("job"), ReplayOrder)
+    order = await bus.state.get(subjects.JOBS, replay_key("job"), ReplayOrder)
     assert (order.taken, order.ended) == (2, True)
     assert [line["gym_bus"]["attempt"] for line in lines_of(files.failures)] == [1, 1, 2]
     assert [line["_ng_task_index"] for line in lines_of(files.rollouts)] == [1]

@@ -132,11 +132,8 @@ async def test_failures_made_by_the_bus_say_how_large_their_group_is(bus: Bus) -
     await enrol(bus, job)
 
     assert await cancel_job(bus, job) == 4
-    found = [
-        await bus.message_at(subjects.RESULTS, sequence)
-        async for sequence, _, _ in bus.messages(subjects.RESULTS, subjects.results_of("job"))
-    ]
-    assert all(message and b"group_size\x04" in message[1] for message in found)
+    bodies = [message.body async for message in bus.streams.messages(subjects.RESULTS, subjects.results_of("job"))]
+    assert all(b"group_size\x04" in body for body in bodies)
 
 
 async def test_a_writer_that_is_cancelled_has_finished_what_it_was_writing(
@@ -184,7 +181,7 @@ async def test_a_recorder_tries_again_when_the_folder_was_in_other_hands(
 
     assert lines_of(files.rollouts) == 1
     assert (await job_status(bus, job)).state == "running"  # the record at hand; the bus knows better:
-    assert (await bus.get(subjects.JOBS, "job", JobRecord)).state == "done"
+    assert (await bus.state.get(subjects.JOBS, "job", JobRecord)).state == "done"
 
 
 def looked(recorder: Recorder, condition: Callable[[], bool]) -> Callable[[], Any]:
@@ -236,9 +233,9 @@ async def test_the_status_of_a_job_that_is_over_does_not_age(bus: Bus, tmp_path:
         await bus.publish(scored(task), f"job.{task}.0#1")
     await record(bus, job, tmp_path)
     await retire(bus, job)
-    await bus.purge(subjects.RESULTS, subjects.results_of("job"))
+    await bus.streams.purge(subjects.RESULTS, subjects.results_of("job"))
 
-    status = await job_status(bus, await bus.get(subjects.JOBS, "job", JobRecord))
+    status = await job_status(bus, await bus.state.get(subjects.JOBS, "job", JobRecord))
 
     assert (status.state, status.results, status.in_flight) == ("done", 2, 0)
 
@@ -247,7 +244,7 @@ async def test_a_job_of_another_kind_of_run_is_enrolled_anew(bus: Bus) -> None:
     await enrol(bus, a_record(2))
     await enrol(bus, a_record(2, shared=True))
 
-    assert (await bus.get(subjects.JOBS, "job", JobRecord)).shared
+    assert (await bus.state.get(subjects.JOBS, "job", JobRecord)).shared
 
 
 async def test_two_writers_of_one_folder_are_told_apart(tmp_path: Path) -> None:
@@ -265,7 +262,7 @@ async def test_a_request_that_the_broker_kept_though_its_attempt_exists_is_no_fa
     await use_up_the_deliveries(bus)
     running = asyncio.create_task(record(bus, a_record(1), tmp_path))
     await until(lambda: nothing_waits(bus))
-    assert await bus.count(subjects.RESULTS, subjects.results_of("job")) == 0
+    assert await bus.streams.count(subjects.RESULTS, subjects.results_of("job")) == 0
     await bus.publish(scored(0), "job.0.0#1")
     assert (await running).ledger.tally.scored == 1
 
@@ -274,7 +271,7 @@ async def use_up_the_deliveries(bus: Bus) -> None:
     """Deliver the one request once, which is all that its consumer does."""
     got: list[Delivery] = []
     subject = subjects.request("batch", "simple", "*")
-    await bus.consumer(subjects.REQUESTS, "test", subject, max_ack_pending=10, max_deliver=1)
+    await bus.consumers.ensure(subjects.REQUESTS, "test", subject, max_ack_pending=10, max_deliver=1)
     pull = Pull(bus, subjects.REQUESTS, "test", got.append, lambda: 2 - len(got))
     await pull.start()
     await until(lambda: got)
@@ -284,8 +281,8 @@ async def use_up_the_deliveries(bus: Bus) -> None:
 
 
 async def is_stuck(bus: Bus) -> bool:
-    return await bus.stuck_sequences(subjects.REQUESTS, subjects.requests_of("job")) != []
+    return await bus.consumers.stuck(subjects.REQUESTS, subjects.requests_of("job")) != []
 
 
 async def nothing_waits(bus: Bus) -> bool:
-    return await bus.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 0
+    return await bus.streams.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 0

@@ -40,7 +40,7 @@ def failed(task: int, rollout: int) -> Failed:
 
 async def a_job(bus: Bus, tasks: int, results: Sequence[Result], *, over: bool = True) -> None:
     state = "done" if over else "running"
-    await bus.put(subjects.JOBS, "job", JobRecord(job="job", state=state, spans=[(0, tasks, 2)]))  # type: ignore[arg-type]
+    await bus.state.put(subjects.JOBS, "job", JobRecord(job="job", state=state, spans=[(0, tasks, 2)]))  # type: ignore[arg-type]
     await asyncio.gather(*(bus.publish(r, f"{r.rollout}#1") for r in results))
 
 
@@ -57,19 +57,19 @@ def cancelled(task: int, rollout: int) -> Failed:
 
 
 async def set_state(bus: Bus, state: str) -> None:
-    record = await bus.get(subjects.JOBS, "job", JobRecord)
-    await bus.put(subjects.JOBS, "job", msgspec.structs.replace(record, state=state))
+    record = await bus.state.get(subjects.JOBS, "job", JobRecord)
+    await bus.state.put(subjects.JOBS, "job", msgspec.structs.replace(record, state=state))
 
 
 async def retry(bus: Bus, result: Result, number: int = 2) -> None:
     """Publish in the place of an earlier result, as a run that tries failures again does."""
     rollout = result.rollout
-    await bus.purge(subjects.RESULTS, subjects.result("job", rollout.task_index, rollout.rollout_index))
+    await bus.streams.purge(subjects.RESULTS, subjects.result("job", rollout.task_index, rollout.rollout_index))
     await bus.publish(result, f"{rollout}#{number}")
 
 
 async def unacked(bus: Bus) -> int:
-    info = await bus.consumer_info(subjects.RESULTS, "trainer-job-a")
+    info = await bus.consumers.info(subjects.RESULTS, "trainer-job-a")
     return int(info.num_ack_pending or 0)
 
 
@@ -215,7 +215,7 @@ async def test_an_ack_that_the_broker_does_not_confirm_is_an_error_and_can_be_re
     async with RewardStream(bus, job="job", durable="a") as stream:
         first, second = await stream.next(60), await stream.next(60)
         assert first and second
-        monkeypatch.setattr(bus, "swap", away)
+        monkeypatch.setattr(bus.state, "swap", away)
         for group in (first, second):
             with pytest.raises(BusError, match="away"):
                 await group.ack()
@@ -230,9 +230,9 @@ async def test_what_a_trainer_acked_is_one_small_record(bus: Bus) -> None:
     for rank in range(2):
         async with RewardStream(bus, job="job", durable="a", rank=rank, world_size=2) as stream:
             await asyncio.gather(*[group.ack() for group in await take(stream)])
-    assert sorted(await bus.keys(TRAINERS)) == ["job.a-0of2", "job.a-1of2"]
-    for key in await bus.keys(TRAINERS):
-        assert (await bus.get(TRAINERS, key, Committed)).spans == [(0, 60)]
+    assert sorted(await bus.state.keys(TRAINERS)) == ["job.a-0of2", "job.a-1of2"]
+    for key in await bus.state.keys(TRAINERS):
+        assert (await bus.state.get(TRAINERS, key, Committed)).spans == [(0, 60)]
 
 
 async def test_two_streams_of_one_name_do_not_overwrite_what_the_other_acked(bus: Bus) -> None:
@@ -241,7 +241,7 @@ async def test_two_streams_of_one_name_do_not_overwrite_what_the_other_acked(bus
     async with one, other:
         tasks = await asyncio.gather(take_and_ack(one), take_and_ack(other))
     assert sorted(tasks[0] + tasks[1]) == sorted([*range(20)] * 2)
-    assert (await bus.get(TRAINERS, "job.a", Committed)).spans == [(0, 40)]
+    assert (await bus.state.get(TRAINERS, "job.a", Committed)).spans == [(0, 40)]
 
 
 def test_spans_hold_what_was_added() -> None:
@@ -323,7 +323,7 @@ async def test_a_retry_takes_the_place_of_the_failure_in_a_group_that_waits(bus:
 async def test_a_trainer_outlives_a_server_that_is_away_for_longer_than_a_call_waits(
     impatient: Bus, own_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = impatient.get
+    real = impatient.state.get
     errors: list[BusError] = []
 
     async def get(*arguments: Any) -> Any:
@@ -336,8 +336,8 @@ async def test_a_trainer_outlives_a_server_that_is_away_for_longer_than_a_call_w
     await a_job(impatient, 2, all_scored(1), over=False)
     async with RewardStream(impatient, job="job", durable="a") as stream:
         with monkeypatch.context() as patched:
-            patched.setattr("gym_bus.bus.connection.API_LIMIT_S", 0.2)
-            patched.setattr(impatient, "get", get)
+            patched.setattr("gym_bus.bus.asking.API_LIMIT_S", 0.2)
+            patched.setattr(impatient.state, "get", get)
             own_server.kill()
             trainer = asyncio.create_task(take_and_ack(stream))
             await until(lambda: len(errors) >= 2 or trainer.done())
@@ -371,7 +371,7 @@ async def test_a_body_that_does_not_come_at_once_is_asked_for_again(
     impatient: Bus, monkeypatch: pytest.MonkeyPatch, tries: int, server_answers: bool
 ) -> None:
     monkeypatch.setattr(rewards, "BODY_WAIT_S", 0.0)
-    fetch, info = impatient.fetch_blob, impatient.consumer_info
+    fetch, info = impatient.blobs.get, impatient.consumers.info
     failures: list[str] = []
 
     async def fetch_late(key: str) -> bytes:
@@ -385,15 +385,15 @@ async def test_a_body_that_does_not_come_at_once_is_asked_for_again(
             raise BusError("away")
         return await info(*arguments)
 
-    monkeypatch.setattr(impatient, "fetch_blob", fetch_late)
-    monkeypatch.setattr(impatient, "consumer_info", no_info)
+    monkeypatch.setattr(impatient.blobs, "get", fetch_late)
+    monkeypatch.setattr(impatient.consumers, "info", no_info)
     await a_job(impatient, 1, [scored(0, 0, 1.0), scored(0, 1, 0.5, row=BIG)])
     async with RewardStream(impatient, job="job", durable="a") as stream:
         assert [group.rewards for group in await take(stream)] == [[1.0, 0.5]]
 
 
 async def test_a_call_of_next_that_is_given_up_loses_nothing(impatient: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, asked = impatient.fetch_blob, asyncio.Event()
+    real, asked = impatient.blobs.get, asyncio.Event()
 
     async def hang(_: str) -> bytes:
         asked.set()
@@ -401,17 +401,17 @@ async def test_a_call_of_next_that_is_given_up_loses_nothing(impatient: Bus, mon
 
     await a_job(impatient, 1, [scored(0, 0, 1.0), scored(0, 1, 0.5, row=BIG)])
     async with RewardStream(impatient, job="job", durable="a") as stream:
-        monkeypatch.setattr(impatient, "fetch_blob", hang)
+        monkeypatch.setattr(impatient.blobs, "get", hang)
         call = asyncio.create_task(stream.next())
         await asked.wait()
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
-        monkeypatch.setattr(impatient, "fetch_blob", real)
+        monkeypatch.setattr(impatient.blobs, "get", real)
         assert [group.rewards for group in await take(stream)] == [[1.0, 0.5]]
 
 
 async def test_a_cancelled_job_ends_when_its_last_failures_are_there(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = bus.get
+    real = bus.state.get
     looks: list[str] = []
 
     async def get(*arguments: Any) -> Any:
@@ -420,7 +420,7 @@ async def test_a_cancelled_job_ends_when_its_last_failures_are_there(bus: Bus, m
 
     await a_job(bus, 3, all_scored(3)[:3], over=False)
     async with RewardStream(bus, job="job", durable="a") as stream:
-        monkeypatch.setattr(bus, "get", get)
+        monkeypatch.setattr(bus.state, "get", get)
         trainer = asyncio.create_task(take(stream))
         await set_state(bus, "cancelled")
         # The state changes first, the failures come after; the trainer looks in between.

@@ -118,16 +118,17 @@ async def test_a_worker_that_was_paused_past_its_lease_makes_no_second_result(
         await until(lambda: nothing_is_queued(bus))
         assert rewards(cli.folder / "out") == expected()
         assert model.asked.total() > len(model.asked)  # work was done twice; its result is there once
-        assert (await bus.size(subjects.RESULTS))[0] == TASKS
+        assert (await bus.streams.state(subjects.RESULTS)).messages == TASKS
 
 
 async def delivered_again(bus: Bus) -> bool:
-    info = await bus.consumer_info(subjects.REQUESTS, "agent-batch-simple")
+    info = await bus.consumers.info(subjects.REQUESTS, "agent-batch-simple")
     return bool(info.num_redelivered)
 
 
 async def nothing_is_queued(bus: Bus) -> bool:
-    return (await bus.size(subjects.REQUESTS))[0] == (await bus.size(subjects.ATTEMPTS))[0] == 0
+    states = [await bus.streams.state(stream) for stream in (subjects.REQUESTS, subjects.ATTEMPTS)]
+    return not any(state.messages for state in states)
 
 
 async def test_a_second_run_of_one_output_folder_is_refused_and_disturbs_nothing(
@@ -275,7 +276,7 @@ async def test_a_full_disk_makes_publishers_wait_and_room_lets_them_go_on(
             (small_disk / "ballast").unlink()
             assert all(await asyncio.wait_for(asyncio.gather(*publishing), 60))
             assert server.starts == 2
-            assert await bus.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 300
+            assert await bus.streams.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 300
     finally:
         await server.stop()
 

@@ -60,4 +60,4 @@ async def test_streams_are_created_and_messages_flow(url: str) -> None:
         request = Request(rollout=RolloutId("job", 0, 0), agent="simple", model="m", verifier="math", row=b"{}")
         assert await bus.publish(request, "job.0.0#1") is True
         assert await bus.publish(request, "job.0.0#1") is False
-        assert await bus.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 1
+        assert await bus.streams.waiting(subjects.REQUESTS, subjects.requests_of("job")) == 1

@@ -12,6 +12,7 @@ import msgspec
 import nats.errors
 from nats.aio.msg import Msg
 
+from gym_bus.bus.asking import trouble
 from gym_bus.bus.client import Client
 from gym_bus.errors import BusError, PayloadTooLarge
 from gym_bus.settings import MiB
@@ -43,11 +44,6 @@ class Refused(BusError):
     """The broker does not take this message, and would not take it later either."""
 
     retryable = False
-
-
-def trouble(what: str, error: Exception) -> BusError:
-    """What went wrong with `what`, in words: an answer that does not come has none of its own."""
-    return BusError(f"{what}: {'no answer in time' if isinstance(error, TimeoutError) else str(error) or repr(error)}")
 
 
 class Admission:

@@ -142,7 +142,7 @@ class Delivery:
             BusError: the object store did not answer.
         """
         if claim := self.headers.get(CLAIM_HEADER):
-            return decode(await self._bus.fetch_blob(claim))
+            return decode(await self._bus.blobs.get(claim))
         return decode(self.data)
 
     async def ack(self) -> None:
@@ -480,7 +480,7 @@ class Follower:
         """How many messages of the filter lie behind the last one that `batch` returned."""
         if self._broken:
             await self._restart()
-        info = await self._bus.consumer_info(self._stream, self._consumer)
+        info = await self._bus.consumers.info(self._stream, self._consumer)
         sent = int(info.delivered.consumer_seq or 0) if info.delivered else 0
         return int(info.num_pending or 0) + max(0, sent - self._expected + 1)  # what was sent may still be on its way
 
@@ -503,7 +503,7 @@ class Follower:
             self._bus.on_reconnect.append(self._reconnected)
         self._queue.clear()
         self._queued_bytes = 0
-        self._consumer = await self._bus.ephemeral_reader(
+        self._consumer = await self._bus.consumers.reader(
             self._stream, self._subject, self._after + 1, headers_only=self._headers_only
         )
         self._expected, self._broken = 1, False

@@ -67,9 +67,9 @@ async def _status(config: Config) -> tuple[list[dict[str, object]], list[dict[st
     async with await Bus.connect(config.bus) as bus:
         streams: list[dict[str, object]] = []
         for name in (subjects.REQUESTS, subjects.ATTEMPTS, subjects.RESULTS, subjects.ADVISORIES):
-            messages, size = await bus.size(name)
-            streams.append({"stream": name, "messages": messages, "bytes": size})
-        workers = [await bus.get(subjects.WORKERS, key) for key in await bus.keys(subjects.WORKERS)]
+            state = await bus.streams.state(name)
+            streams.append({"stream": name, "messages": state.messages, "bytes": state.size_bytes})
+        workers = [await bus.state.get(subjects.WORKERS, key) for key in await bus.state.keys(subjects.WORKERS)]
         return streams, [w for w in workers if w is not None]
 
 

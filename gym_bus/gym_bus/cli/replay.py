@@ -118,7 +118,7 @@ async def _order(
 ) -> _Ordered | Path | None:
     """Order the replay of a submitted job; of another one, the folder of its files."""
     async with await Bus.connect(config.bus) as bus:
-        if target.folder is not None and await bus.get(subjects.JOBS, target.job, JobRecord) is None:
+        if target.folder is not None and await bus.state.get(subjects.JOBS, target.job, JobRecord) is None:
             return target.folder  # a job of another server, or of a local run: it moves here
         record, folder = await locate(bus, target)
         if record.shared:

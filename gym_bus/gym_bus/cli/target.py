@@ -81,7 +81,7 @@ async def locate(bus: Bus, target: Target) -> tuple[JobRecord, Path | None]:
     record = await find_job(bus, target.job)
     if target.folder is not None and not record.shared:
         return record, target.folder
-    progress: JobProgress | None = await bus.get(subjects.JOBS, f"{target.job}.progress", JobProgress)
+    progress: JobProgress | None = await bus.state.get(subjects.JOBS, f"{target.job}.progress", JobProgress)
     folder = Path(progress.output) if progress and progress.output else None
     if folder is not None and holds(folder, target.job):
         return record, folder

@@ -141,13 +141,13 @@ async def read_books(bus: Bus, record: JobRecord) -> tuple[Books, Account]:
     """
     job, books = record.job, Books(record)
     issued = await issued_count(bus, job)
-    for message_id in await bus.ids(subjects.REQUESTS, subjects.requests_of(job)):
+    for message_id in await bus.streams.ids(subjects.REQUESTS, subjects.requests_of(job)):
         books.queued(message_id, Place.REQUESTS)
-    for message_id in await bus.ids(subjects.ATTEMPTS, subjects.attempts_of(job)):
+    for message_id in await bus.streams.ids(subjects.ATTEMPTS, subjects.attempts_of(job)):
         books.queued(message_id, Place.ATTEMPTS)
-    async for outcome in bus.outcomes(subjects.RESULTS, subjects.results_of(job)):
+    async for outcome in bus.streams.outcomes(subjects.RESULTS, subjects.results_of(job)):
         books.ended(*outcome)
-    progress: JobProgress | None = await bus.get(subjects.JOBS, f"{job}.progress", JobProgress)
+    progress: JobProgress | None = await bus.state.get(subjects.JOBS, f"{job}.progress", JobProgress)
     return books, books.account(issued, progress.retrying if progress else 0)
 
 

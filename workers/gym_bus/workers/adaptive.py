@@ -109,7 +109,7 @@ async def run_until(
 
 
 async def _is_cancelled(bus: Bus, job: Job) -> bool:
-    record: JobRecord | None = await bus.get(subjects.JOBS, job.record.job, JobRecord)
+    record: JobRecord | None = await bus.state.get(subjects.JOBS, job.record.job, JobRecord)
     return record is not None and record.state == "cancelled"
 
 

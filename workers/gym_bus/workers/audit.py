@@ -11,7 +11,6 @@ import numpy as np
 
 from gym_bus import subjects
 from gym_bus.bus import Bus, Delivery, Follower, as_result
-from gym_bus.bus.look import stream_state
 from gym_bus.errors import BodyLost, FailureKind
 from gym_bus.jobs import JobProgress, JobRecord
 from gym_bus.messages import Result, RolloutId, Scored
@@ -176,7 +175,7 @@ class _Look:
                     await self._compare_result(book, delivery)
         finally:
             await follower.close()
-        first = (await stream_state(self._bus, subjects.RESULTS)).first_sequence
+        first = (await self._bus.streams.state(subjects.RESULTS)).first_sequence
         self._compare_lines(book, books, first)
         if self._renumbered:
             self._notes.append(
@@ -295,7 +294,9 @@ class _Look:
 
     async def _trust_the_consumer(self, counts: _Counts) -> None:
         """Without its files, a job that is over and older than the stream is what its results consumer last said."""
-        progress: JobProgress | None = await self._bus.get(subjects.JOBS, f"{self._record.job}.progress", JobProgress)
+        progress: JobProgress | None = await self._bus.state.get(
+            subjects.JOBS, f"{self._record.job}.progress", JobProgress
+        )
         if not (self._record.over and counts.unaccounted and progress and progress.recorded == counts.accepted):
             return
         self._notes.append(
@@ -307,8 +308,8 @@ class _Look:
 
     async def _note_leftovers(self) -> None:
         job = self._record.job
-        left = await self._bus.waiting(subjects.REQUESTS, subjects.requests_of(job))
-        left += await self._bus.waiting(subjects.ATTEMPTS, subjects.attempts_of(job))
+        left = await self._bus.streams.waiting(subjects.REQUESTS, subjects.requests_of(job))
+        left += await self._bus.streams.waiting(subjects.ATTEMPTS, subjects.attempts_of(job))
         if left:
             self._notes.append(f"{left:,} messages of the job are still queued; they cannot make a second result")
 

@@ -85,7 +85,7 @@ class SharedLimits:
         for _ in range(TRIES):
             known, revision = await self._known(gate.key)
             fleet = partner.settle(known, gate.waiting, time.monotonic(), staying=gate.in_use)
-            if await self._bus.swap(subjects.LIMITS, gate.key, fleet, revision) is not None:
+            if await self._bus.state.swap(subjects.LIMITS, gate.key, fleet, revision) is not None:
                 partner.stored(fleet, time.monotonic())
                 if fleet.has_to_spare(self._worker):
                     await self._bus.announce(f"{NUDGE}.{gate.key}", self._worker.encode())
@@ -94,9 +94,9 @@ class SharedLimits:
 
     async def _known(self, key: str) -> tuple[Fleet, int]:
         try:
-            found = await self._bus.get_entry(subjects.LIMITS, key, Fleet)
+            found = await self._bus.state.get_entry(subjects.LIMITS, key, Fleet)
         except msgspec.DecodeError:  # another version's: its workers will read ours as little
-            found = await self._bus.get_entry(subjects.LIMITS, key)
+            found = await self._bus.state.get_entry(subjects.LIMITS, key)
             return Fleet(), found[1] if found else 0
         return found or (Fleet(), 0)
 
@@ -111,4 +111,4 @@ class SharedLimits:
                     known, revision = await self._known(gate.key)
                     if revision:
                         fleet = partner.settle(known, 0, time.monotonic(), staying=False)
-                        await self._bus.swap(subjects.LIMITS, gate.key, fleet, revision)
+                        await self._bus.state.swap(subjects.LIMITS, gate.key, fleet, revision)

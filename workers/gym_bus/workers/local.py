@@ -193,7 +193,7 @@ class LocalStack:
         self.bus = await Bus.connect(self.config.bus, name="gym-bus-run")
         if self.server:
             # Left by a run that was killed: its workers are gone, so what they held is free now, not when leases end.
-            await self.bus.forget_consumers()
+            await self.bus.consumers.forget()
         await self.bus.init()
         if not self._workers_later:
             await self.start_workers()

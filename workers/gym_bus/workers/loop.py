@@ -206,7 +206,7 @@ class Loop:
         )
 
     async def _ensure(self, source: Source) -> None:
-        await self._bus.consumer(
+        await self._bus.consumers.ensure(
             source.stream,
             source.consumer,
             source.subject,
@@ -320,8 +320,8 @@ class Loop:
         """How often work on the message began before and came to no end, as far as the worker knows who did it."""
         if not self._probation.suspects(delivery):
             return delivery.deliveries - 1
-        tries = await self._insist(delivery, partial(self._bus.tries, delivery))
-        await self._insist(delivery, partial(self._bus.note_try, delivery))
+        tries = await self._insist(delivery, partial(self._bus.tries.before, delivery))
+        await self._insist(delivery, partial(self._bus.tries.begin, delivery))
         return tries
 
     async def _handle(self, delivery: Delivery, message: Message, *, last_try: bool) -> None:
@@ -438,7 +438,7 @@ class Loop:
     async def _hand_back(self, deliveries: Iterable[Delivery]) -> None:
         """Another worker takes them at once, and nothing counts against them."""
         left = list(deliveries)
-        await asyncio.gather(*(self._bus.hand_back(delivery) for delivery in left))
+        await asyncio.gather(*(self._bus.tries.hand_back(delivery) for delivery in left))
         for delivery in left:
             self._let_go(delivery)
 

@@ -125,7 +125,7 @@ async def run_worker(
             awake.cancel()
             await serving.drain(DRAIN_S)
             with contextlib.suppress(BusError):
-                await bus.remove(subjects.WORKERS, worker)
+                await bus.state.remove(subjects.WORKERS, worker)
         finally:
             await close()
 
@@ -219,5 +219,5 @@ async def _report(bus: Bus, worker: str, role: str, serving: Loop) -> None:
             oldest=serving.oldest(),
         )
         with contextlib.suppress(BusError):
-            await bus.put(subjects.WORKERS, worker, report)
+            await bus.state.put(subjects.WORKERS, worker, report)
         await asyncio.sleep(REPORT_S)

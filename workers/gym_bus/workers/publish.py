@@ -150,7 +150,7 @@ async def publish_requests(
             on_progress(behind)
         if await is_cancelled(bus, order.job):
             # Again: something went out since the queue was emptied.
-            purge = partial(bus.purge, subjects.REQUESTS, subjects.requests_of(order.job))
+            purge = partial(bus.streams.purge, subjects.REQUESTS, subjects.requests_of(order.job))
             await patiently(purge, order.job)
             break
     return published
@@ -159,7 +159,7 @@ async def publish_requests(
 async def is_cancelled(bus: Bus, job: str) -> bool:
     """Whether the job was cancelled, as far as the bus can be asked."""
     try:
-        record = await bus.get(subjects.JOBS, job, JobRecord)
+        record = await bus.state.get(subjects.JOBS, job, JobRecord)
     except BusError:
         return False
     return record is not None and record.state == "cancelled"
@@ -215,13 +215,12 @@ async def make_room(bus: Bus, rollout: RolloutId, number: int) -> bool:
     nobody has recorded yet: then there is nothing to order.
     """
     subject = subjects.result(rollout.job, rollout.task_index, rollout.rollout_index)
-    found = await patiently(lambda: bus.outcome(subjects.RESULTS, subject), str(rollout))
+    found = await patiently(lambda: bus.streams.last(subjects.RESULTS, subject), str(rollout))
     if found is None:
         return True
-    sequence, outcome = found
-    if outcome.failure is None or number_in(outcome.message_id) >= number:
+    if found.failure is None or number_in(found.message_id) >= number:
         return False
-    await patiently(lambda: bus.delete(subjects.RESULTS, sequence), str(rollout))
+    await patiently(lambda: bus.streams.delete(subjects.RESULTS, found.sequence), str(rollout))
     return True
 
 
@@ -244,12 +243,12 @@ async def patiently(call: Callable[[], Awaitable[T]], name: str) -> T:
 
 async def issued_count(bus: Bus, job: str) -> int:
     """How many of a job's requests, in the order of its inputs, the publisher knows to be taken. Raises BusError."""
-    issued: Issued | None = await bus.get(subjects.JOBS, f"{job}.issued", Issued)
+    issued: Issued | None = await bus.state.get(subjects.JOBS, f"{job}.issued", Issued)
     return issued.count if issued else 0
 
 
 async def _persist(bus: Bus, job: str, count: int) -> None:
     try:
-        await bus.put(subjects.JOBS, f"{job}.issued", Issued(count))
+        await bus.state.put(subjects.JOBS, f"{job}.issued", Issued(count))
     except BusError as e:  # the broker is away: the next batch moves the mark
         log.warning("watermark_not_stored", job=job, error=str(e))

@@ -60,7 +60,7 @@ class Lease:
 
     async def try_take(self) -> bool:
         """Take the lease where it is free or has stood still for `LEASE_S`."""
-        found = await self._bus.get_entry(subjects.JOBS, self._key, Holder)
+        found = await self._bus.state.get_entry(subjects.JOBS, self._key, Holder)
         revision = found[1] if found else 0
         if found and found[0].worker:
             if self._seen is None or self._seen[0] != revision:
@@ -71,7 +71,7 @@ class Lease:
         return await self._swap(Holder(self._worker), revision)
 
     async def _swap(self, holder: Holder, revision: int) -> bool:
-        taken = await self._bus.swap(subjects.JOBS, self._key, holder, revision)
+        taken = await self._bus.state.swap(subjects.JOBS, self._key, holder, revision)
         if taken is not None:
             self._revision = taken
         return taken is not None
@@ -104,7 +104,7 @@ class Published:
 
     async def all_out(self) -> bool:
         """True when every request is out, or the publisher has not moved for `STANDS_STILL_S`."""
-        issued: Issued | None = await self._bus.get(subjects.JOBS, f"{self._record.job}.issued", Issued)
+        issued: Issued | None = await self._bus.state.get(subjects.JOBS, f"{self._record.job}.issued", Issued)
         count = issued.count if issued else 0
         if count >= self._record.total:
             return True
@@ -204,14 +204,14 @@ class Recorder:
         await asyncio.to_thread(profile_job, files)
         known = await find_job(self._bus, record.job)
         if known.state == "running":
-            await self._bus.put(subjects.JOBS, record.job, msgspec.structs.replace(known, state="done"))
-        await self._bus.delete_blobs(record.job)
+            await self._bus.state.put(subjects.JOBS, record.job, msgspec.structs.replace(known, state="done"))
+        await self._bus.blobs.delete_of(record.job)
 
     async def _fetch_inputs(self, job: str, files: JobFiles) -> None:
         try:
             await load_inputs(self._bus, job, files.inputs)
         except BusError:
-            order: ReplayOrder | None = await self._bus.get(subjects.JOBS, replay_key(job), ReplayOrder)
+            order: ReplayOrder | None = await self._bus.state.get(subjects.JOBS, replay_key(job), ReplayOrder)
             if order is None or order.ended:
                 raise
             raise UsageError(
@@ -278,12 +278,12 @@ async def run_recorder(config: Config, output: Path, *, once: str | None = None,
                     break
                 if time.monotonic() - reported_at > REPORT_S:
                     reported_at = time.monotonic()
-                    await bus.put(subjects.WORKERS, worker, _report(worker, recorder, started_at))
+                    await bus.state.put(subjects.WORKERS, worker, _report(worker, recorder, started_at))
             with contextlib.suppress(TimeoutError):
                 await within(LOOK_S, stop.wait())
         await recorder.stop()
         with contextlib.suppress(BusError):
-            await bus.remove(subjects.WORKERS, worker)
+            await bus.state.remove(subjects.WORKERS, worker)
 
 
 def _make_folder(output: Path) -> None:

@@ -13,7 +13,6 @@ import msgspec
 
 from gym_bus import subjects
 from gym_bus.bus import Bus
-from gym_bus.bus.look import stream_state
 from gym_bus.config import Config
 from gym_bus.errors import BusError, FailureKind, UsageError, did_you_mean
 from gym_bus.jobs import JobRecord, find_job
@@ -165,7 +164,9 @@ async def replay_job(
 
 
 async def _tell_who_is_missing(bus: Bus, chosen: Chosen) -> None:
-    reports = [await bus.get(subjects.WORKERS, key, WorkerReport) for key in await bus.keys(subjects.WORKERS)]
+    reports = [
+        await bus.state.get(subjects.WORKERS, key, WorkerReport) for key in await bus.state.keys(subjects.WORKERS)
+    ]
     joined = {report.role for report in reports if report}
     for role in (*(["agent"] if chosen.from_agent else []), "verifier"):
         if role not in joined:
@@ -202,15 +203,15 @@ async def order_replay(bus: Bus, job: str, selection: Selection, limit_s: float 
         BusError: the broker did not answer.
     """
     key = replay_key(job)
-    present: ReplayOrder | None = await bus.get(subjects.JOBS, key, ReplayOrder)
+    present: ReplayOrder | None = await bus.state.get(subjects.JOBS, key, ReplayOrder)
     if present is not None and not present.ended:
         raise UsageError(f"a replay of job {job} is under way: `gym-bus why {job}` tells what it waits for")
-    up_to = (await stream_state(bus, subjects.RESULTS)).last_sequence
+    up_to = (await bus.streams.state(subjects.RESULTS)).last_sequence
     selection = msgspec.structs.replace(selection, up_to=up_to)
-    await bus.put(subjects.JOBS, key, ReplayOrder(selection=selection, limit_s=limit_s))
+    await bus.state.put(subjects.JOBS, key, ReplayOrder(selection=selection, limit_s=limit_s))
     deadline = time.monotonic() + TAKE_LIMIT_S
     while time.monotonic() < deadline:
-        order: ReplayOrder | None = await bus.get(subjects.JOBS, key, ReplayOrder)
+        order: ReplayOrder | None = await bus.state.get(subjects.JOBS, key, ReplayOrder)
         if order is not None and order.taken is not None:
             return order
         await _reopen(bus, job)  # every time: whoever records the job may just be marking it as done
@@ -222,7 +223,7 @@ async def _reopen(bus: Bus, job: str) -> None:
     """Have the results workers look at the job: one that is over is nobody's."""
     record = await find_job(bus, job)
     if record.state != "running":
-        await bus.put(subjects.JOBS, job, msgspec.structs.replace(record, state="running"))
+        await bus.state.put(subjects.JOBS, job, msgspec.structs.replace(record, state="running"))
 
 
 class OrderedReplays:
@@ -265,7 +266,7 @@ class OrderedReplays:
                 await self._take(consumer)
 
     async def _take(self, consumer: ResultsConsumer) -> None:
-        order: ReplayOrder | None = await self._bus.get(subjects.JOBS, replay_key(self._job), ReplayOrder)
+        order: ReplayOrder | None = await self._bus.state.get(subjects.JOBS, replay_key(self._job), ReplayOrder)
         if order is None or order.ended:
             return
         chosen = choose(consumer.ledger, order.selection)
@@ -288,7 +289,7 @@ class OrderedReplays:
             self._saved = True
 
     async def _put(self, order: ReplayOrder) -> None:
-        await self._bus.put(subjects.JOBS, replay_key(self._job), order)
+        await self._bus.state.put(subjects.JOBS, replay_key(self._job), order)
 
     async def close(self) -> None:
         """Stop publishing; whoever records the job next goes on."""

@@ -198,12 +198,12 @@ class ResultsConsumer:
         anchor = self.ledger.anchor
         while anchor is not None:
             try:
-                found = await self._bus.message_at(subjects.RESULTS, anchor.sequence)
+                found = await self._bus.streams.at(subjects.RESULTS, anchor.sequence)
             except BusError as e:
                 log.warning("results_wait_for_the_bus", job=self._record.job, error=str(e))
                 await asyncio.sleep(0.5)
                 continue
-            if found and found[0].split("#", 1)[0] == str(anchor.rollout):
+            if found and found.message_id.split("#", 1)[0] == str(anchor.rollout):
                 return anchor.sequence + 1
             break
         return 1
@@ -216,7 +216,7 @@ class ResultsConsumer:
             self._took(fresh)
         # They may not keep the places of the newer attempts' results on the stream.
         late = [sequence for sequence, result in results if self._is_late(result, sequence)]
-        await asyncio.gather(*(self._bus.delete(subjects.RESULTS, sequence) for sequence in late))
+        await asyncio.gather(*(self._bus.streams.delete(subjects.RESULTS, sequence) for sequence in late))
 
     def _is_late(self, result: Result, sequence: int) -> bool:
         """Whether this is of an older attempt than the one that is waited for, and not the failure that it follows."""
@@ -278,7 +278,7 @@ class ResultsConsumer:
         )
         if force or progress != self._told or time.monotonic() - self._put_at > BEAT_S:
             self._told, self._put_at = progress, time.monotonic()
-            await self._bus.put(
+            await self._bus.state.put(
                 subjects.JOBS, f"{self._record.job}.progress", msgspec.structs.replace(progress, updated_at=time.time())
             )
 
@@ -294,9 +294,9 @@ class ResultsConsumer:
             (subjects.REQUESTS, subjects.requests_of(job)),
             (subjects.ATTEMPTS, subjects.attempts_of(job)),
         ):
-            for sequence in await self._bus.stuck_sequences(stream, subject):
+            for sequence in await self._bus.consumers.stuck(stream, subject):
                 await self._fail_undeliverable(stream, sequence)
-            waiting += await self._bus.waiting(stream, subject)
+            waiting += await self._bus.streams.waiting(stream, subject)
         if waiting or await follower.pending():
             return  # queued, or in the hands of a worker whose lease ends by itself, or just arrived
         if not self._rescanned:  # a crash between the two files leaves one behind the other: the stream has it all
@@ -318,22 +318,22 @@ class ResultsConsumer:
         return [*(() if self.retries_only else self.ledger.missing()), *self._retrying]
 
     async def _fail_undeliverable(self, stream: str, sequence: int) -> None:
-        found = await self._bus.message_at(stream, sequence)
+        found = await self._bus.streams.at(stream, sequence)
         if found is None:
             return
         with contextlib.suppress(ValueError):
-            rollout = RolloutId.parse(found[0])
+            rollout = RolloutId.parse(found.message_id)
             if stream != subjects.REQUESTS or not await self._is_attempted(rollout):
                 await self._fail([rollout], FailureKind.POISON, "its deliveries are used up")
-        await self._bus.delete(stream, sequence)
+        await self._bus.streams.delete(stream, sequence)
 
     async def _is_attempted(self, rollout: RolloutId) -> bool:
         """Whether the rollout has moved on to the attempts: a broker in trouble may keep what was acked."""
-        ids = await self._bus.ids(subjects.ATTEMPTS, subjects.attempts_of(rollout.job))
+        ids = await self._bus.streams.ids(subjects.ATTEMPTS, subjects.attempts_of(rollout.job))
         return any(name.startswith(f"{rollout}#") for name in ids)
 
     async def _fail_if_cancelled(self) -> None:
-        record = await self._bus.get(subjects.JOBS, self._record.job, JobRecord)
+        record = await self._bus.state.get(subjects.JOBS, self._record.job, JobRecord)
         if record is not None and record.state == "cancelled" and not self._cancelled:
             self._cancelled = True
             await self._fail(self._open(), FailureKind.CANCELLED, "the job was cancelled")

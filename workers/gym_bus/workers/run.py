@@ -214,17 +214,17 @@ async def _publish(bus: Bus, job: Job, consumer: ResultsConsumer, progress: Prog
 
 async def enrol(bus: Bus, record: JobRecord) -> None:
     """Have the bus remember the job; a cancelled one runs again."""
-    known: JobRecord | None = await bus.get(subjects.JOBS, record.job, JobRecord)
+    known: JobRecord | None = await bus.state.get(subjects.JOBS, record.job, JobRecord)
     if known is None or msgspec.structs.replace(known, created_at=record.created_at) != record:
-        await bus.put(subjects.JOBS, record.job, record)
+        await bus.state.put(subjects.JOBS, record.job, record)
 
 
 async def retire(bus: Bus, record: JobRecord) -> None:
     """Every rollout has its result: mark the job done and free what it kept on the bus."""
-    known: JobRecord | None = await bus.get(subjects.JOBS, record.job, JobRecord)
+    known: JobRecord | None = await bus.state.get(subjects.JOBS, record.job, JobRecord)
     if known is not None and known.state == "running":
-        await bus.put(subjects.JOBS, record.job, msgspec.structs.replace(known, state="done"))
-    await bus.delete_blobs(record.job)
+        await bus.state.put(subjects.JOBS, record.job, msgspec.structs.replace(known, state="done"))
+    await bus.blobs.delete_of(record.job)
 
 
 async def submit_job(bus: Bus, job: Job) -> int:
@@ -234,13 +234,13 @@ async def submit_job(bus: Bus, job: Job) -> int:
         UsageError: the job is over already.
     """
     record = msgspec.structs.replace(job.record, shared=True)
-    known: JobRecord | None = await bus.get(subjects.JOBS, record.job, JobRecord)
+    known: JobRecord | None = await bus.state.get(subjects.JOBS, record.job, JobRecord)
     if known is not None and known.over:
         raise UsageError(
             f"job {record.job} is {known.state} already; choose another --output to run it anew, or run "
             "`gym-bus eval run` with this one to try again what failed"
         )
-    await patiently(lambda: bus.store_file(f"{record.job}/inputs", job.files.inputs), record.job)
+    await patiently(lambda: bus.blobs.put_file(f"{record.job}/inputs", job.files.inputs), record.job)
     await patiently(lambda: enrol(bus, record), record.job)
     # Sent before, and perhaps worked on: the broker forgets the ids of what has left its queue when it is restarted.
     start = await patiently(lambda: issued_count(bus, record.job), record.job)
@@ -255,11 +255,11 @@ async def cancel_job(bus: Bus, record: JobRecord) -> int:
     """
     job = record.job
     results = subjects.results_of(job)
-    await bus.put(subjects.JOBS, job, msgspec.structs.replace(record, state="cancelled"))
+    await bus.state.put(subjects.JOBS, job, msgspec.structs.replace(record, state="cancelled"))
     await bus.announce(f"{CONTROL_CANCEL}.{job}", str(time.time()).encode())
-    await bus.purge(subjects.REQUESTS, subjects.requests_of(job))
-    await bus.purge(subjects.ATTEMPTS, subjects.attempts_of(job))
-    have = {(o.task_index, o.rollout_index) async for o in bus.outcomes(subjects.RESULTS, results)}
+    await bus.streams.purge(subjects.REQUESTS, subjects.requests_of(job))
+    await bus.streams.purge(subjects.ATTEMPTS, subjects.attempts_of(job))
+    have = {(o.task_index, o.rollout_index) async for o in bus.streams.outcomes(subjects.RESULTS, results)}
     failure = Failure(kind=FailureKind.CANCELLED, detail="the job was cancelled", stage="bus")
     batch: list[Failed] = []
     for rollout in record.rollouts():
@@ -280,7 +280,7 @@ async def cancel_job(bus: Bus, record: JobRecord) -> int:
             await _publish_all(bus, batch)
             batch = []
     await _publish_all(bus, batch)
-    return len([o async for o in bus.outcomes(subjects.RESULTS, results) if o.failure == FailureKind.CANCELLED])
+    return len([o async for o in bus.streams.outcomes(subjects.RESULTS, results) if o.failure == FailureKind.CANCELLED])
 
 
 async def _publish_all(bus: Bus, failures: list[Failed]) -> None:
@@ -318,10 +318,10 @@ async def job_status(bus: Bus, record: JobRecord) -> Status:
     """Read a job's status."""
     job = record.job
     issued = await issued_count(bus, job)
-    results = await bus.count(subjects.RESULTS, subjects.results_of(job))
-    requests = await bus.waiting(subjects.REQUESTS, subjects.requests_of(job))
-    attempts = await bus.waiting(subjects.ATTEMPTS, subjects.attempts_of(job))
-    progress: JobProgress = await bus.get(subjects.JOBS, f"{job}.progress", JobProgress) or JobProgress()
+    results = await bus.streams.count(subjects.RESULTS, subjects.results_of(job))
+    requests = await bus.streams.waiting(subjects.REQUESTS, subjects.requests_of(job))
+    attempts = await bus.streams.waiting(subjects.ATTEMPTS, subjects.attempts_of(job))
+    progress: JobProgress = await bus.state.get(subjects.JOBS, f"{job}.progress", JobProgress) or JobProgress()
     if record.over:  # results leave the stream with age; what was recorded stays
         results = max(results, progress.recorded)
     accepted = min(record.total, max(issued, results))
@@ -350,5 +350,5 @@ async def load_inputs(bus: Bus, job: str, path: Path) -> None:
     part = path.with_suffix(".part")
     with contextlib.suppress(FileNotFoundError):
         part.unlink()
-    await bus.load_file(f"{job}/inputs", part)
+    await bus.blobs.get_file(f"{job}/inputs", part)
     part.replace(path)

@@ -9,17 +9,8 @@ import msgspec
 
 from gym_bus import subjects
 from gym_bus.bus import Bus
-from gym_bus.bus.look import (
-    ConsumerState,
-    Stored,
-    StreamState,
-    consumer_states,
-    count_from,
-    first_message,
-    last_message,
-    stream_state,
-    subject_counts,
-)
+from gym_bus.bus.consumers import ConsumerState
+from gym_bus.bus.streams import Stored, StreamState
 from gym_bus.jobs import Issued, JobProgress, JobRecord
 from gym_bus.messages import RolloutId
 from gym_bus.models.fleet import Fleet
@@ -149,20 +140,22 @@ def why_by_files(folder: Path) -> Why:
 
 async def _look(bus: Bus, record: JobRecord) -> _Seen:
     job = record.job
-    issued: Issued | None = await bus.get(subjects.JOBS, f"{job}.issued", Issued)
-    reports = [await bus.get(subjects.WORKERS, key, WorkerReport) for key in await bus.keys(subjects.WORKERS)]
+    issued: Issued | None = await bus.state.get(subjects.JOBS, f"{job}.issued", Issued)
+    reports = [
+        await bus.state.get(subjects.WORKERS, key, WorkerReport) for key in await bus.state.keys(subjects.WORKERS)
+    ]
     work = {subjects.REQUESTS: subjects.requests_of(job), subjects.ATTEMPTS: subjects.attempts_of(job)}
     return _Seen(
         record=record,
         issued=issued.count if issued else 0,
-        progress=await bus.get(subjects.JOBS, f"{job}.progress", JobProgress),
-        order=await bus.get(subjects.JOBS, replay_key(job), ReplayOrder),
+        progress=await bus.state.get(subjects.JOBS, f"{job}.progress", JobProgress),
+        order=await bus.state.get(subjects.JOBS, replay_key(job), ReplayOrder),
         reports=[report for report in reports if report is not None],
-        queued={stream: await subject_counts(bus, stream, names) for stream, names in work.items()},
-        consumers={stream: await consumer_states(bus, stream) for stream in work},
-        streams={name: await stream_state(bus, name) for name in (*work, subjects.RESULTS)},
-        results=await bus.count(subjects.RESULTS, subjects.results_of(job)),
-        newest_result=await last_message(bus, subjects.RESULTS, subjects.results_of(job)),
+        queued={stream: await bus.streams.counts(stream, names) for stream, names in work.items()},
+        consumers={stream: await bus.consumers.states(stream) for stream in work},
+        streams={name: await bus.streams.state(name) for name in (*work, subjects.RESULTS)},
+        results=await bus.streams.count(subjects.RESULTS, subjects.results_of(job)),
+        newest_result=await bus.streams.last(subjects.RESULTS, subjects.results_of(job)),
     )
 
 
@@ -220,14 +213,14 @@ async def _queue(bus: Bus, seen: _Seen, stream: str, stage: str, role: str) -> A
         yield Wait(stage=stage, what=f"the stream of {stage} is full ({full}): {upstream}", blocked=not seen.role(role))
     if not seen.waiting(stream):
         return
-    stuck = await bus.stuck_sequences(stream, _subjects(seen, stream))
+    stuck = await bus.consumers.stuck(stream, _subjects(seen, stream))
     if stuck:
         yield await _stuck(bus, stream, stage, stuck)
     if len(stuck) >= seen.waiting(stream):
         return
     for subject, count in sorted(seen.queued[stream].items()):
         wait = _of_subject(seen, stream, subject, count, stage, role)
-        if oldest := await first_message(bus, stream, subject):
+        if oldest := await bus.streams.first(stream, subject):
             wait.since_s = since(oldest.stored_at)
             wait.what += f"; the oldest since {_s(wait.since_s)}"
         yield wait
@@ -247,8 +240,8 @@ def _subjects(seen: _Seen, stream: str) -> str:
 async def _stuck(bus: Bus, stream: str, stage: str, stuck: Sequence[int]) -> Wait:
     names = []
     for sequence in stuck[:MOST_NAMED]:
-        if found := await bus.message_at(stream, sequence):
-            names.append(_name(found[0]))
+        if found := await bus.streams.at(stream, sequence):
+            names.append(_name(found.message_id))
     what = (
         f"{len(stuck):,} {stage} will not be delivered again, their deliveries are used up "
         f"({', '.join(names)}); the results consumer fails them when the job stands still"
@@ -307,9 +300,9 @@ async def _endpoints(bus: Bus, seen: _Seen) -> list[Wait]:
     if not seen.waiting(subjects.REQUESTS):
         return []
     found, there = [], {report.worker for report in seen.reports}
-    for key in await bus.keys(subjects.LIMITS):
+    for key in await bus.state.keys(subjects.LIMITS):
         try:
-            fleet = await bus.get(subjects.LIMITS, key, Fleet)
+            fleet = await bus.state.get(subjects.LIMITS, key, Fleet)
         except msgspec.DecodeError:  # another version's
             continue
         if fleet is None or fleet.limit is None or not there & fleet.members.keys() or fleet.wanted <= fleet.busy:
@@ -338,7 +331,7 @@ async def _results(bus: Bus, seen: _Seen) -> list[Wait]:
         found.append(Wait(stage="results", what=what, blocked=blocked, count=seen.results))
         return found
     names = subjects.results_of(seen.record.job)
-    behind = await count_from(bus, subjects.RESULTS, names, progress.sequence + 1) if newest else 0
+    behind = await bus.streams.count(subjects.RESULTS, names, progress.sequence + 1) if newest else 0
     silent_s = since(progress.updated_at)
     if silent_s > SILENT_S:
         what = (
@@ -376,8 +369,8 @@ async def _last_event(bus: Bus, seen: _Seen) -> Event | None:
     job = seen.record.job
     events = {
         "result": seen.newest_result,
-        "attempt": await last_message(bus, subjects.ATTEMPTS, subjects.attempts_of(job)),
-        "request": await last_message(bus, subjects.REQUESTS, subjects.requests_of(job)),
+        "attempt": await bus.streams.last(subjects.ATTEMPTS, subjects.attempts_of(job)),
+        "request": await bus.streams.last(subjects.REQUESTS, subjects.requests_of(job)),
     }
     there = [(stored.stored_at, what, stored) for what, stored in events.items() if stored]
     if not there:
