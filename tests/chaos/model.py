@@ -42,6 +42,9 @@ class FaultyModel:
         self.faults: Counter[str] = Counter()
         self._tries: Counter[str] = Counter()
         self.port = 0
+        self.open = asyncio.Event()
+        """Calls are answered while it is set."""
+        self.open.set()
 
     def add(self, name: str, answers: Path, always: dict[int, int]) -> None:
         """An endpoint; `always`: tasks that get nothing but this HTTP status."""
@@ -85,6 +88,7 @@ class FaultyModel:
                 status = fault
             dice -= share
         await asyncio.sleep(sample(m.latency_s, drawn) * (10 if drawn.random() < m.slow else 1))
+        await self.open.wait()
         if status is not None:
             self.faults[str(status)] += 1
             return web.json_response(

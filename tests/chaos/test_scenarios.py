@@ -137,7 +137,9 @@ async def test_a_second_run_of_one_output_folder_is_refused_and_disturbs_nothing
     command = ["eval", "run", str(choices), *at(model), "--limit", "90", "--output", "out", "--concurrency", "4"]
     running = cli.start(*command)
     await until(lambda: lines(cli.folder / "out" / "rollouts.jsonl") > 10)
+    model.open.clear()
     refused = await asyncio.to_thread(cli.run, *command, code=2)
+    model.open.set()
     assert f"already being written by process {running.pid}" in refused.stderr
     assert await exit_of(running) == 0
     assert rewards(cli.folder / "out") == expected(90)
