@@ -67,6 +67,7 @@ PASSED, WRONG, FAILED = (1.0, "none", [True]), (0.0, "wrong_answer", [-2]), (0.0
         ("print(reduce(mul, [gcd(12, 6), len(deque([1, 2, 3]))], 2) + 6)", PASSED),
         ("print(42)\nexit(0)", PASSED),
         ("print(42)\nexit(1)", PASSED),
+        ("print(42)\nquit()", PASSED),
         ("print(42)\nraise ValueError", FAILED),
         ("print(43)", WRONG),
         ("print(42)\nprint(42)", WRONG),
@@ -101,7 +102,13 @@ async def test_a_program_is_judged_by_what_it_prints(
         ("def f(a, b):\n    print('noise')\n    return a + b", PASSED),
         ("def f(a, b):\n    return a", WRONG),
         ("def f(a, b):\n    print([1, 2])", WRONG),
-        ("def f(a, b):\n    class E(list):\n        __eq__ = lambda *_: True\n    return E()", FAILED),
+        (
+            "@__import__('dataclasses').dataclass\nclass P:\n    a: list\n    next: 'P | None' = None\n"
+            "def f(a, b):\n    return P(a).a + b",
+            PASSED,
+        ),
+        ("def f(a, b):\n    class E(list):\n        pass\n    return E(a + b)", PASSED),
+        ("def f(a, b):\n    class E(list):\n        __eq__ = lambda *_: True\n    return E()", WRONG),
         (
             "def f(a, b):\n    class E:\n        def __eq__(self, other):\n            return True\n    return E()",
             FAILED,
@@ -132,6 +139,29 @@ async def test_a_function_is_judged_by_what_it_returns(
     slot: Slot, code: str, expected: tuple[float, str, list[Any]]
 ) -> None:
     assert said(await judge(slot, fenced(code), ["[1]\n[2]"], ["[1, 2]"], "f")) == expected
+
+
+@session_loop
+async def test_there_is_room_for_the_output_that_is_expected_and_no_length_is_to_be_seen(slot: Slot) -> None:
+    expected = "7" * 1_500_000
+    look = "import os\nprint(os.fstat(1).st_size, end='')"
+
+    assert said(await judge(slot, fenced(f"print({expected[0]!r} * {len(expected)})"), [""], [expected])) == PASSED
+    assert (
+        said(await judge(slot, fenced(f"def f():\n    return '7' * {len(expected)}"), [""], [f'"{expected}"'], "f"))
+        == PASSED
+    )
+    assert said(await judge(slot, fenced(look), ["", ""], [str(2**22 + 4096), expected]))[2] == [True, -2]
+
+
+@session_loop
+@pytest.mark.parametrize("inputs", [["1"], ["1", "2"]])
+async def test_a_program_that_crashes_the_compiler_has_failed(inputs: list[str]) -> None:
+    own = await Slot.start(names=CodeGen.names)  # whose recursion limit is what lets the compiler crash
+    try:
+        assert said(await judge(own, fenced("x = a" + ".a" * 200_000), inputs, inputs)) == FAILED
+    finally:
+        await own.close()
 
 
 @session_loop

@@ -90,8 +90,12 @@ async def test_a_solution_may_print_as_much_as_it_likes(slot: Slot) -> None:
         fenced("def total(xs: List[int]) -> int:\n    return sum(map(helper, xs))"),
         fenced("def total(xs):\n    print('noise')\n    return sum(xs) + len(xs)"),
         f"<think>\n{fenced('no code')}</think>{fenced(CANONICAL)}",
+        fenced(
+            "from dataclasses import dataclass\n@dataclass\nclass Node:\n    value: int\n    next: 'Node' = None\n"
+            "def total(xs):\n    return sum(Node(helper(x)).value for x in xs)"
+        ),
     ],
-    ids=["raw body", "body", "whole", "signature with the prompt's names", "noise", "after thinking"],
+    ids=["raw body", "body", "whole", "signature with the prompt's names", "noise", "after thinking", "a dataclass"],
 )
 async def test_a_right_completion_passes_humaneval(slot: Slot, text: str) -> None:
     verdict = await humaneval(slot, text)

@@ -529,6 +529,13 @@ async def test_a_limit_of_less_than_a_second_of_cpu_time_holds(slot: Slot) -> No
     assert (await run(slot, source, cpu_s=0.1)).ended is Ended.CPU_LIMIT
 
 
+@pytest.mark.parametrize("limit", ["(0, 0)", "(0, 1)"])
+async def test_a_program_that_lowers_its_own_limit_of_cpu_time_ends_by_it(slot: Slot, limit: str) -> None:
+    source = f"import resource\nresource.setrlimit(resource.RLIMIT_CPU, {limit})\nwhile True: pass"
+
+    assert (await run(slot, source, cpu_s=30.0)).ended is Ended.CPU_LIMIT
+
+
 async def test_a_program_that_is_killed_from_outside_is_an_infrastructure_fault() -> None:
     own = await Slot.start()
     try:

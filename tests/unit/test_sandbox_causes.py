@@ -32,6 +32,7 @@ KILLED, CRASHED, EXITED = int(signal.SIGKILL), int(signal.SIGSEGV), 1 << 8
         (Ending(status=0, cpu_s=10.1), Ended.CPU_LIMIT),
         (Ending(status=KILLED, cpu_s=1.0), None),  # by itself
         (Ending(status=KILLED, cpu_s=1.0, wall_s=11.0, first=True), Ended.CPU_LIMIT),
+        (Ending(status=KILLED, first=True, lowered=True), Ended.CPU_LIMIT),  # as early as it wished
         (Ending(status=CRASHED, first=True), None),
         (Ending(status=EXITED, compiled=False), Ended.COMPILE_ERROR),
         (Ending(status=CRASHED, compiled=True), None),  # the compiler crashed on it

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import enum
 import io
 import json
 import socket
@@ -221,7 +223,7 @@ def test_a_called_function_gives_its_result_behind_the_nonce(
     assert capfd.readouterr().out == f"nonce{result}"
 
 
-@pytest.mark.parametrize("value", [{1, 2}, object(), b"x", [1j], {"a": {1}}, type("Mine", (list,), {})()])
+@pytest.mark.parametrize("value", [{1, 2}, object(), b"x", [1j], {"a": {1}}, collections.deque([1])])
 def test_a_result_that_is_no_plain_data_is_refused(value: Any) -> None:
     with pytest.raises(TypeError, match="is no plain data"):
         call_side.plain(value)
@@ -231,6 +233,40 @@ def test_plain_data_keeps_its_values_and_turns_tuples_into_lists() -> None:
     value = {"a": (1, [2.5, None]), True: "x", 1.5: False}
 
     assert call_side.plain(value) == {"a": [1, [2.5, None]], "true": "x", "1.5": False}
+
+
+@pytest.mark.parametrize(
+    ("value", "content"),
+    [
+        (type("Numbers", (list,), {"__iter__": lambda _: iter("no"), "__eq__": lambda *_: True})([1]), [1]),
+        (collections.Counter("aab"), {"a": 2, "b": 1}),
+        (collections.namedtuple("Pair", "a b")(1, [2]), [1, [2]]),
+        (enum.IntEnum("Colour", ["RED"])(1), 1),
+        (type("Text", (str,), {"__str__": lambda _: "no", "__eq__": lambda *_: True})("x"), "x"),
+        (type("Real", (float,), {"__float__": lambda _: 1.0})(0.5), 0.5),
+        ({type("Key", (str,), {})("k"): True}, {"k": True}),
+    ],
+)
+def test_what_derives_from_plain_data_is_its_content(value: Any, content: Any) -> None:
+    assert json.dumps(call_side.plain(value)) == json.dumps(content)
+
+
+def test_what_lies_about_its_class_is_no_plain_data() -> None:
+    with pytest.raises(TypeError):
+        call_side.plain(type("Liar", (), {"__class__": int, "__index__": lambda _: 5})())
+
+
+def test_a_value_that_has_no_text_is_shown_by_its_type(against: Callable[..., Report]) -> None:
+    report = against("def f(): return 10**5000", "x = f()\nassert x == 1, x")
+
+    assert report["tests"] == [{"passed": False, "reason": "wrong_answer", "detail": "AssertionError"}]
+
+
+def test_a_frame_of_brackets_alone_is_not_built() -> None:
+    lists = b"[" + b",".join([b"[]"] * wire_values.MAX_LISTS) + b"]"
+
+    with pytest.raises(wire_values.ProtocolError, match="too many lists"):
+        wire_values.parse(lists)
 
 
 def test_an_endless_result_is_refused() -> None:

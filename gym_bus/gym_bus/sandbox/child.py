@@ -108,6 +108,7 @@ def prepare(names: str) -> None:
     _main.__dict__.update(__builtins__=builtins, __file__="main.py")
     sys.modules["__main__"] = _main
     sys.argv, sys.orig_argv = ["main.py"], ["main.py"]
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as `site` has it, which an isolated interpreter leaves out
     if names:
         found: dict[str, Any] = {}
         exec(names, found)
@@ -153,8 +154,13 @@ def run(fds: list[int], ready: int, order: Order, place: Place) -> NoReturn:
     _execute(code)
 
 
+def whole_cpu_s(order: Order) -> int:
+    """The kernel's limit of CPU time, which it counts in seconds."""
+    return max(1, -int(-order.cpu_s // 1))
+
+
 def _limit(order: Order, place: Place) -> None:
-    cpu = max(1, -int(-order.cpu_s // 1))
+    cpu = whole_cpu_s(order)
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
     if order.address_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (order.address_bytes, order.address_bytes))

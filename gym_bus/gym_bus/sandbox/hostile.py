@@ -208,6 +208,13 @@ ATTACKS: tuple[Attack, ...] = (
             ),
             "use io_uring": "tries(lambda: call(425, 8, b'x' * 256))",
             "handle page faults": "tries(lambda: call(323 if X86 else 282, 0))",
+            "have the host write its disks": """
+                for number in (306, 74, 75, 277) if X86 else (267, 82, 83, 84):
+                    try:
+                        call(number, 63)  # no descriptor, which only the kernel would notice
+                    except OSError:
+                        print('BROKEN', number)
+                """,
             "load a kernel module": "tries(lambda: call(175 if X86 else 105, 0, 0, 0))",
             "restart the machine": "tries(lambda: call(169 if X86 else 142, 0xfee1dead, 672274793, 0x1234567))",
             "set the clock": "import time; tries(lambda: time.clock_settime(time.CLOCK_REALTIME, 0))",
@@ -534,6 +541,12 @@ ATTACKS: tuple[Attack, ...] = (
         _ANY_LIMIT,
     ),
     Attack("compute for ever", "resources", "while True: pass", (Ended.CPU_LIMIT,)),
+    Attack(
+        "have its own limit kill it",
+        "resources",
+        "import resource; resource.setrlimit(resource.RLIMIT_CPU, (0, 0))\nwhile True: pass",
+        (Ended.CPU_LIMIT, Ended.SIGNALLED),
+    ),
     *_all(
         "next program",
         {

@@ -63,6 +63,8 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     """Why it could not be set up."""
     first: bool = False
     """It was the first process of a PID namespace, which SIGKILL reaches only from outside."""
+    lowered: bool = False
+    """Whether it had lowered its own limit of CPU time, past which the kernel kills."""
     starved: bool = False
     """Whether the kernel killed for want of memory."""
     dirty: bool = False
@@ -287,7 +289,7 @@ class Zygote:
             if starved and isinstance(e, SandboxError):
                 return Ending(status=signal.SIGKILL, starved=True)
             raise
-        status, timed_out, dirty, wall_s, cpu_s, rss = zygote.REPLY.unpack_from(said)
+        status, timed_out, dirty, lowered, wall_s, cpu_s, rss = zygote.REPLY.unpack_from(said)
         words, starved = said[zygote.REPLY.size :], self.starved()
         began = words.startswith(child.BEGAN)
         if dirty or not began:  # whatever is wrong with it, a new one has it not
@@ -300,6 +302,7 @@ class Zygote:
             compiled=words != child.NOT_COMPILED,
             fault="" if began else words.removeprefix(child.NOT_SET_UP).decode(errors="replace"),
             first=self.level is Level.NAMESPACES,
+            lowered=bool(lowered),
             starved=starved,
             dirty=bool(dirty),
             wall_s=wall_s,

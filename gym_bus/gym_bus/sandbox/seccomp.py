@@ -11,7 +11,7 @@ import errno
 import struct
 
 from gym_bus.sandbox import syscalls
-from gym_bus.sandbox.syscall_table import ALLOWED, REFUSED, UNSCOPED
+from gym_bus.sandbox.syscall_table import ALLOWED, PRETENDED, REFUSED, UNSCOPED
 
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
@@ -27,7 +27,7 @@ _NAMESPACES = (
 """CLONE_NEWPID is not among them: the zygote needs it, and a program lacks the capability for it."""
 
 _LD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
-_NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24
+_NR, _ARCH, _ARG0, _ARG1, _ARG2 = 0, 4, 16, 24, 32
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _X32 = 0x40000000
 _SECCOMP_MODE_FILTER = 2
@@ -72,8 +72,10 @@ def build(*, forks: bool, apart: bool = True) -> bytes:
     for name in number.keys() - special:
         code += _answer(number[name], _ALLOW)
     code += _clone_rule(number["clone"] or 0, forks=forks or not apart)
-    code += _ioctl_rule(number["ioctl"] or 0) + _prlimit_rule(number["prlimit64"] or 0)
+    code += _ioctl_rule(number["ioctl"] or 0) + _prlimit_rule(number["prlimit64"] or 0, look=apart)
     code += _socketpair_rule(number["socketpair"] or 0, datagrams=apart)
+    for numbers in PRETENDED.values():
+        code += _answer(numbers[at], _ERRNO)
     for numbers in REFUSED.values():
         code += _answer(numbers[at], _ERRNO | errno.EPERM)
     return code + _op(_RET, _ERRNO | errno.ENOSYS)
@@ -117,9 +119,13 @@ def _socketpair_rule(number: int, *, datagrams: bool) -> bytes:
     return _rule(number, body + _op(_RET, _ALLOW))
 
 
-def _prlimit_rule(number: int) -> bytes:
-    """One's own limits alone."""
-    return _rule(number, _op(_LD, _ARG0) + _op(_JEQ, 0, 1, 0) + _op(_RET, _ERRNO | errno.EPERM) + _op(_RET, _ALLOW))
+def _prlimit_rule(number: int, *, look: bool) -> bytes:
+    """One's own limits alone; with `look`, those of others can be seen, as the zygote sees its programs'."""
+    allow, refuse = _op(_RET, _ALLOW), _op(_RET, _ERRNO | errno.EPERM)
+    body = _op(_LD, _ARG0) + _op(_JEQ, 0, 0, 1) + allow
+    if look:  # the new limits are a null pointer, in both halves
+        body += _op(_LD, _ARG2) + _op(_JEQ, 0, 0, 3) + _op(_LD, _ARG2 + 4) + _op(_JEQ, 0, 0, 1) + allow
+    return _rule(number, body + refuse)
 
 
 def _clone_rule(number: int, *, forks: bool) -> bytes:

@@ -40,7 +40,6 @@ def main() -> NoReturn:
 def _serve(owner: socket.socket) -> NoReturn:
     os.set_inheritable(FD, False)
     sys.path.insert(0, "")  # as in an interactive interpreter: what was written to the scratch folder can be imported
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)
     names = sys.modules["__main__"].__dict__
     names.pop("main", None)
     console, interpreter, me = _Console(), Interpreter(names), os.getpid()

@@ -405,7 +405,8 @@ class _Batch:
     def _gone(self, ending: Ending, whole: _Streams) -> Outcome:
         """What a case has that ended the program's process with it."""
         outcome = _outcome(ending, self._limits, whole)
-        if outcome.ended in (Ended.MEMORY, Ended.CPU_LIMIT, Ended.COMPILE_ERROR):
+        # It ignores what signals it can: it crashed, and all that it does with the program's text is to compile it.
+        if outcome.ended in (Ended.MEMORY, Ended.CPU_LIMIT, Ended.COMPILE_ERROR, Ended.SIGNALLED):
             return outcome
         raise SandboxError(f"the process that held the program ended: {outcome.ended.value}")
 
@@ -447,7 +448,8 @@ def _cause(ending: Ending, limits: Limits, code: int | None, killed_by: int | No
     if not ending.compiled:
         return Ended.COMPILE_ERROR
     if ending.first and killed_by == signal.SIGKILL:
-        _check_killer(ending, limits)
+        if not ending.lowered:
+            _check_killer(ending, limits)
         return Ended.CPU_LIMIT
     return Ended.CPU_LIMIT if ending.cpu_s > limits.cpu_s else None
 

@@ -32,7 +32,6 @@ ALLOWED: dict[str, Numbers] = {
     "mremap": (25, 216),
     "madvise": (28, 233),
     "brk": (12, 214),
-    "msync": (26, 227),
     "mincore": (27, 232),
     "mlock": (149, 228),
     "munlock": (150, 229),
@@ -78,9 +77,6 @@ ALLOWED: dict[str, Numbers] = {
     "truncate": (76, 45),
     "ftruncate": (77, 46),
     "fallocate": (285, 47),
-    "fsync": (74, 82),
-    "fdatasync": (75, 83),
-    "sync_file_range": (277, 84),
     "fadvise64": (221, 223),
     "copy_file_range": (326, 285),
     "sendfile": (40, 71),
@@ -240,10 +236,18 @@ ALLOWED: dict[str, Numbers] = {
     "pkey_mprotect": (329, 288),
     "get_mempolicy": (239, 236),
     "readahead": (187, 213),
-    "sync": (162, 81),
-    "syncfs": (306, 267),
 }
 """What the interpreters, compilers and C libraries of the supported languages use, and nothing that reaches further."""
+
+PRETENDED: dict[str, Numbers] = {
+    "sync": (162, 81),
+    "syncfs": (306, 267),
+    "fsync": (74, 82),
+    "fdatasync": (75, 83),
+    "sync_file_range": (277, 84),
+    "msync": (26, 227),
+}
+"""Answered as if done: what a program writes stays in memory, and the disks that hold its libraries are the host's."""
 
 REFUSED: dict[str, Numbers] = {
     "socket": (41, 198),
@@ -333,7 +337,7 @@ REFUSED: dict[str, Numbers] = {
 
 UNSCOPED = (
     *("chmod", "fchmod", "fchmodat", "chown", "fchown", "lchown", "fchownat", "truncate"),
-    *("utime", "utimes", "utimensat", "futimesat", "inotify_add_watch", "setpriority", "sync", "syncfs"),
+    *("utime", "utimes", "utimensat", "futimesat", "inotify_add_watch", "setpriority"),
     *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr"),
     *("getxattr", "lgetxattr", "listxattr", "llistxattr"),
 )

@@ -11,6 +11,7 @@ import array
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import struct
@@ -38,8 +39,10 @@ _KEPT = (
     syscalls.CAP_KILL,
     syscalls.CAP_DAC_OVERRIDE,
     syscalls.CAP_FOWNER,
+    syscalls.CAP_SYS_RESOURCE,
 )
-"""Of the zygote, within its own user namespace: to make PID namespaces, to give programs another user, to clean up."""
+"""Of the zygote, within its own user namespace: to make PID namespaces, to give programs another user, to clean up, to
+see what limits they had."""
 _KEPT_OUTSIDE = (syscalls.CAP_SETUID, syscalls.CAP_SETGID, syscalls.CAP_KILL)
 """Of a zygote without namespaces that root has started."""
 MAX_MESSAGE = 65_536
@@ -175,8 +178,10 @@ def _say(control: _socket.socket, value: dict[str, Any]) -> None:
     control.send(json.dumps(value).encode())
 
 
-REPLY = struct.Struct("<iBBddQ")
-"""Wait status, timed out, scratch folder not clean, wall_s, cpu_s, largest resident set in bytes; then what it said."""
+REPLY = struct.Struct("<iBBBddQ")
+"""Wait status, timed out, scratch folder not clean, CPU limit lowered, wall_s, cpu_s, largest resident set in bytes.
+
+What the program said before its own text ran follows."""
 
 
 def _serve(control: _socket.socket, place: child.Place) -> NoReturn:
@@ -208,13 +213,24 @@ def _run(fds: list[int], order: child.Order, poll: select.poll, place: child.Pla
     # Of many cases each has its own deadline, which the owner watches over.
     deadline = started + order.wall_s if order.kind == child.ONE else None
     timed_out = _wait(pid, deadline, poll, place)
+    lowered = _lowered(pid, order, place)
     _, status, usage = os.wait4(pid, 0)
     said = os.read(ready, 4096)
     os.close(ready)
     cpu_s = usage.ru_utime + usage.ru_stime
     wall_s = time.monotonic() - started
     clean = _clean(place)
-    return REPLY.pack(status, timed_out, not clean, wall_s, cpu_s, usage.ru_maxrss * 1024) + said
+    return REPLY.pack(status, timed_out, not clean, lowered, wall_s, cpu_s, usage.ru_maxrss * 1024) + said
+
+
+def _lowered(pid: int, order: child.Order, place: child.Place) -> bool:
+    """Whether a program has lowered its own limit of CPU time: the kernel may have killed it as early as it wished."""
+    if place.domain is not None:  # there it may kill itself as well, and nobody else takes that for a fault
+        return False
+    try:
+        return 0 <= resource.prlimit(pid, resource.RLIMIT_CPU)[1] < child.whole_cpu_s(order)
+    except OSError:  # a security module of the machine's may forbid the look
+        return False
 
 
 def _clean(place: child.Place) -> bool:

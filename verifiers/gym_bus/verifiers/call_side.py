@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import types
+from collections.abc import Callable
 from typing import Any
 
 NOT_COMPILED = "not compiled"
@@ -22,8 +24,8 @@ def main(source: str, function: str, nonce: str, found: dict[str, Any]) -> None:
     result_fd = os.dup(1)
     os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
     arguments = [json.loads(line) for line in sys.stdin.read().split("\n") if line.strip()]
-    names: dict[str, Any] = {**found, "__name__": "solution"}
-    del names["main"]
+    names = solution_names()
+    names.update((name, value) for name, value in found.items() if name not in ("main", "__name__"))
     try:
         code = compile(source, "solution.py", "exec", dont_inherit=True)
     except Exception as e:
@@ -36,15 +38,36 @@ def main(source: str, function: str, nonce: str, found: dict[str, Any]) -> None:
     os.write(result_fd, f"{nonce}{json.dumps(plain(value))}".encode())
 
 
+def solution_names() -> dict[str, Any]:
+    """The names of a new module `solution`; `dataclasses` and others look for the module of a class."""
+    made = sys.modules["solution"] = types.ModuleType("solution")
+    return vars(made)
+
+
 def plain(value: Any, depth: int = 0) -> Any:
-    """`value` as JSON values, tuples as lists; raises TypeError for anything that is no plain data."""
+    """`value` as JSON values, tuples as lists; raises TypeError for anything that is no plain data.
+
+    What derives from a built-in type is its content: a `Counter` a dict, whatever it overrides.
+    """
     if depth > 60:
         raise TypeError("nested too deeply")
-    kind = type(value)
-    if value is None or kind in (bool, int, float, str):
+    if value is None or value is True or value is False:
         return value
-    if kind in (list, tuple):
-        return [plain(item, depth + 1) for item in value]
-    if kind is dict:
-        return {key if type(key) is str else json.dumps(key): plain(item, depth + 1) for key, item in value.items()}
-    raise TypeError(f"a {kind.__name__} is no plain data")
+    for kind, content in _SCALARS:
+        if isinstance(value, kind):
+            return content(value)
+    for kind, items in _SEQUENCES:
+        if isinstance(value, kind):
+            return [plain(item, depth + 1) for item in items(value)]
+    if isinstance(value, dict):
+        return {_key(key): plain(item, depth + 1) for key, item in dict.items(value)}
+    raise TypeError(f"a {type(value).__name__} is no plain data")
+
+
+_Content = Callable[[Any], Any]
+_SCALARS: tuple[tuple[type, _Content], ...] = ((int, int.__index__), (float, float.__float__), (str, str.__str__))
+_SEQUENCES: tuple[tuple[type, _Content], ...] = ((list, list.__iter__), (tuple, tuple.__iter__))
+
+
+def _key(key: Any) -> str:
+    return str.__str__(key) if isinstance(key, str) else json.dumps(key)

@@ -114,6 +114,13 @@ class CodeGen:
             reward = self._options.reasoning_format_penalty
         return _verdict(reward, code, "none" if passed else _reason(outcomes[-1], results[-1]), results, outcomes)
 
+    def _limits_of(self, tests: _Tests) -> Limits:
+        """With room for what is expected, rounded up: a program can see its limit, and is not to learn a length."""
+        longest = max(len(_bytes(text)) for text in tests.outputs)
+        if 2 * longest <= self._limits.output_bytes:
+            return self._limits
+        return msgspec.structs.replace(self._limits, output_bytes=1 << (2 * longest).bit_length())
+
     async def _programs(self, code: str, tests: _Tests, sandbox: Sandbox) -> tuple[list[Any], list[Outcome]]:
         source, names = _behind_prelude(code)
         program = Program(source=_bytes(source), names=names)
@@ -124,7 +131,7 @@ class CodeGen:
             return results[-1] is True
 
         inputs = [_bytes(text) for text in tests.inputs]
-        outcomes = await sandbox.run_cases(program, inputs, self._limits, go_on=go_on)
+        outcomes = await sandbox.run_cases(program, inputs, self._limits_of(tests), go_on=go_on)
         return results, outcomes[: len(results)]
 
     async def _calls(
@@ -141,7 +148,7 @@ class CodeGen:
             return results[-1] is True
 
         inputs = [_bytes(text) for text in tests.inputs]
-        outcomes = await sandbox.run_cases(program, inputs, self._limits, go_on=go_on)
+        outcomes = await sandbox.run_cases(program, inputs, self._limits_of(tests), go_on=go_on)
         return results, [_call_outcome(outcome, nonce) for outcome in outcomes[: len(results)]]
 
 

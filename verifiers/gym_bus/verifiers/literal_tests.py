@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import builtins
 import enum
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -168,11 +167,11 @@ def replies(written: bytes) -> Iterator[Any]:
     while len(written) - start >= 4:
         size = int.from_bytes(written[start : start + 4], "little")
         body = written[start + 4 : start + 4 + size]
-        if len(body) < size:
+        if len(body) < size or size > wire_values.MAX_FRAME_BYTES:
             return
         try:
-            yield json.loads(body)
-        except (ValueError, RecursionError):
+            yield wire_values.parse(body)
+        except wire_values.ProtocolError:
             return
         start += 4 + size
 

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from gym_bus.verifiers import wire_values
+from gym_bus.verifiers.call_side import solution_names
 
 FD = 3
 
@@ -138,7 +139,7 @@ def _print_nowhere() -> None:
 
 def _loaded(source: str, fd: int) -> Server | None:
     """The solution's names, once its text has run; on `fd` it is said whether that worked."""
-    names: dict[str, Any] = {"__name__": "solution", "__builtins__": __builtins__}
+    names = solution_names()
     try:
         exec(compile(source, "solution.py", "exec", dont_inherit=True), names)
     except SyntaxError as e:

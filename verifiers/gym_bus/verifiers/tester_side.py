@@ -84,8 +84,15 @@ class Client:
 
 
 def shown(value: Any, limit: int = 300) -> str:
-    """What a solution or a test said, as text that any reader of JSON takes: no lone surrogates."""
-    return str(value)[:limit].encode(errors="replace").decode()
+    """What a solution or a test said, as text that any reader of JSON takes: no lone surrogates.
+
+    What has no text, as an integer of ten thousand digits, is named by its type: a solution chooses what is shown.
+    """
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):
+        text = type(value).__name__
+    return text[:limit].encode(errors="replace").decode()
 
 
 def _frame_of(value: Any) -> Any:
