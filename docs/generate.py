@@ -57,7 +57,7 @@ def shown(value: Any) -> str:
 
 
 PLAIN = {"PositiveInt": "int >= 1", "Count": "int >= 0", "Seconds": "seconds > 0", "Bytes": "bytes >= 1"}
-PLAIN |= {"Count | None": "int >= 0 or null"}
+PLAIN |= {"Count | None": "int >= 0 or null", "Seed | None": "int >= 0, <= 2^62, or null"}
 PLAIN |= {"Share": "share 0 to 1", "str | None": "text or null", "str": "text", "dict[str, Any]": "mapping"}
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from math import isfinite
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from gym_bus.errors import ConfigError, did_you_mean
-from gym_bus.origins import Origins
+from gym_bus.origins import Origins, dotted, leaves, walk
 
 T = TypeVar("T")
 
@@ -31,10 +32,23 @@ def check(type_: type[T], data: Any, where: str | Origins, at: str = "") -> T:
     Raises:
         ConfigError: names the key, its source, near misses of a misspelt key, and the values that a key may have.
     """
+    for place, value in leaves(data):
+        if isinstance(value, float) and not isfinite(value):  # JSON has no such number: a job could not be written down
+            key = ".".join(part for part in (at, dotted(place)) if part)
+            raise ConfigError(f"{_source(key, where)}: key {key!r}: expected a finite number, not {value}")
     try:
         return msgspec.convert(data, type_)
     except msgspec.ValidationError as e:
         raise ConfigError(_explain(type_, str(e), where, at)) from None
+
+
+def check_keys(values: Any, source: str) -> None:
+    """Raise ConfigError for a key, however deep, that YAML takes for a number or a truth value."""
+    for place, below in [((), values), *walk(values)]:
+        for key in below if isinstance(below, dict) else ():
+            if not isinstance(key, str):
+                within = f" of {dotted(place)!r}" if place else ""
+                raise ConfigError(f"{source}: key {key!r}{within} is no text but {type(key).__name__}: quote it")
 
 
 def _explain(type_: Any, error: str, where: str | Origins, at: str) -> str:
@@ -45,7 +59,7 @@ def _explain(type_: Any, error: str, where: str | Origins, at: str) -> str:
     if unknown := _UNKNOWN.match(what):
         key = f"{full}.{unknown['field']}".lstrip(".")
         return f"{_source(key, where)}: unknown key {key!r}: {did_you_mean(unknown['field'], _fields_at(type_, path))}"
-    said = f"{_source(full, where)}: key {full or 'at the top'!r}: "
+    said = f"{_source(full, where)}: key {full!r}: " if full else f"{_source(full, where)}: at the top: "
     if (listed := _NOT_LISTED.match(what)) and (choices := _choices_at(type_, path)):
         return f"{said}unknown {listed['value']!r}: {did_you_mean(listed['value'], choices)}"
     return f"{said}{what[0].lower()}{what[1:]}"

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from gym_bus.checking import check
+from gym_bus.checking import check, check_keys
 from gym_bus.errors import ConfigError, did_you_mean
 from gym_bus.inherit import MISSING, apply_inheritance
 from gym_bus.origins import Layer, Origins, Place, dotted, leaves, written_at
@@ -111,13 +111,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{written_at(path, key)}: key {key!r}: `${{` starts an interpolation, which this is not; "
             "write `\\${` for the text itself"
         ) from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as e:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or e}") from None
     if not isinstance(node, DictConfig):
         raise ConfigError(f"{path}: expected a mapping of keys to values at the top")
-    return cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
+    return _plain_values(node, str(path))
+
+
+def _plain_values(node: Any, source: str) -> dict[str, Any]:
+    values = cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
+    check_keys(values, source)
+    return values
 
 
 def override_layers(overrides: Sequence[str]) -> list[Layer]:
@@ -137,9 +143,9 @@ def _override(text: str) -> Layer:
         raise ConfigError("argument config_paths=...: files are given with --config FILE, once for each")
     try:
         node = OmegaConf.from_dotlist([text])
-    except (YAMLError, OmegaConfBaseException):
+    except (YAMLError, OmegaConfBaseException, RecursionError):
         raise ConfigError(f"argument {key}=...: the value is not valid YAML") from None
-    return Layer(f"argument {key}=...", cast(dict[str, Any], OmegaConf.to_container(node, resolve=False)))
+    return Layer(source := f"argument {key}=...", _plain_values(node, source))
 
 
 def file_layers(paths: Sequence[Path]) -> list[Layer]:

@@ -10,6 +10,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -61,6 +62,14 @@ def import_file(path: Path) -> ModuleType:
     return importlib.import_module(f"{package}.{path.stem}")
 
 
+def stumbled(error: BaseException) -> str:
+    """What a file of an author's stumbled over as it was imported, and where."""
+    if isinstance(error, ImportError | SyntaxError | AttributeError):
+        return str(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
+
+
 class Registry(Generic[T]):
     """Built-in names plus those of installed packages (entry-point group `gym_bus.<plural>`)."""
 
@@ -103,5 +112,5 @@ class Registry(Generic[T]):
             return cast(T, getattr(importlib.import_module(module), attribute))
         try:
             return cast(T, getattr(import_file(Path(module)), attribute))
-        except (ImportError, SyntaxError, AttributeError) as e:
-            raise ConfigError(f"{self._what} {name!r}: {module} does not load: {e}") from None
+        except (Exception, SystemExit) as e:  # as it is imported, an author's code may do anything
+            raise ConfigError(f"{self._what} {name!r}: {module} does not load: {stumbled(e)}") from None

@@ -9,6 +9,11 @@ from msgspec import Meta
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
+MOST_REPEATS = 1_000_000
+Repeats = Annotated[int, Meta(ge=1, le=MOST_REPEATS)]
+"""Rollouts per task; all are written down before the first one runs, so a slip must not fill the disk."""
+Seed = Annotated[int, Meta(ge=0, le=2**62)]
+"""The seeds of all rollouts that are counted from it fit 64 bits, as endpoints want."""
 Seconds = Annotated[float, Meta(gt=0)]
 Bytes = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -245,7 +250,7 @@ class JobConfig(_Section, frozen=True):
     """Win over the benchmark's agent options."""
     verifier_options: dict[str, Any] = {}
     """Win over the benchmark's verifier options."""
-    seeds: Count | None = None
+    seeds: Seed | None = None
     """Rollout i of each task asks the model for the seed `seeds + i`, in the request's extra body; null for none."""
     limit_s: Seconds = 3600.0
     """Wall-clock seconds of one rollout's generation."""

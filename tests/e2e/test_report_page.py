@@ -186,6 +186,15 @@ async def test_hostile_texts_are_shown_as_texts(page: Page, hostile_report: str)
     assert page.complaints == []
 
 
+async def test_nothing_stands_where_a_task_has_no_other_rollout(page: Page, hostile_report: str) -> None:
+    await show(page, hostile_report)
+
+    stray = "[...detail.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE).map((node) => node.textContent)"
+
+    assert await page.eval("detail.childElementCount") > 3
+    assert await page.eval(stray) == []
+
+
 async def test_markup_that_got_in_could_not_run_either(page: Page, report: str) -> None:
     await show(page, report)
 

@@ -66,7 +66,13 @@ def test_a_failing_test_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("Upper", "small letters"), ("a-b", "small letters"), ("gsm8k", "already"), ("there", "there")],
+    [
+        ("Upper", "small letters"),
+        ("a-b", "small letters"),
+        ("9lives", "a letter first"),
+        ("gsm8k", "already"),
+        ("there", "there"),
+    ],
 )
 def test_a_name_that_will_not_do_is_refused(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
@@ -137,11 +143,21 @@ def test_a_folder_cannot_take_over_a_built_in_verifier(tmp_path: Path) -> None:
         VERIFIERS.load("math")
 
 
-def test_code_that_does_not_load_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        ("class Other: ...", "has no attribute 'Fresh'"),
+        ("def", r"invalid syntax \(verifier\.py, line 1\)"),
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("\n1 / 0", r"ZeroDivisionError: division by zero \(verifier\.py, line 2\)"),
+        ("raise SystemExit(3)", r"SystemExit: 3 \(verifier\.py, line 1\)"),
+    ],
+)
+def test_code_that_does_not_load_is_named(tmp_path: Path, code: str, what: str) -> None:
     folder = scaffold.init("fresh", "native", tmp_path).folder
-    (folder / "verifier.py").write_text("class Other: ...\n")
+    (folder / "verifier.py").write_text(f"{code}\n")
 
-    with pytest.raises(ConfigError, match=r"verifier\.py does not load: .*Fresh"):
+    with pytest.raises(ConfigError, match=rf"verifier\.py does not load: .*{what}"):
         VERIFIERS.load("fresh")
 
 

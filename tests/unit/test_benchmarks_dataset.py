@@ -75,6 +75,7 @@ def test_a_gzip_file_is_read_like_any_other(tmp_path: Path) -> None:
         ("[1, 2]", "expected a JSON object"),
         ('"text"', "expected a JSON object"),
         ("[" * 100_000, "not valid JSON"),
+        ('{"a":' + "9" * 5000 + "}", "not valid JSON: Integer value out of range"),
     ],
 )
 def test_a_line_that_is_no_row_is_named_with_file_and_line(tmp_path: Path, line: str, what: str) -> None:
@@ -311,6 +312,13 @@ def test_a_row_with_create_params_of_its_own_is_one_of_ours(tmp_path: Path) -> N
     )
 
     assert decoded(tasks(path, convert=published, required=["expected_answer"])[0])["expected_answer"] == "1"
+
+
+def test_a_misspelt_prompt_is_named_where_rows_may_be_published_ones_too(tmp_path: Path) -> None:
+    path = a_file(tmp_path, {"question": "a", "expected_answer": "1"})
+
+    with pytest.raises(DataError, match=r"rows.jsonl:1: not a row as published: .*; nor .* need 'qestion'"):
+        tasks(path, convert=published, required=["expected_answer"], prompt=Prompt(user="{qestion}"))
 
 
 def test_a_question_that_was_published_twice_is_two_tasks(tmp_path: Path) -> None:

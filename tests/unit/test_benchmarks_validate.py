@@ -400,9 +400,11 @@ def test_rows_that_have_an_input_already_are_named_together_and_nothing_is_writt
     ("text", "what"),
     [
         ("user: '{}'", r"prompt.yaml:1: key 'prompt.user'"),
-        ("system: x", r"prompt.yaml: key 'at the top': .*missing required field `user`"),
+        ("system: x", r"prompt.yaml: at the top: .*missing required field `user`"),
         ("usr: x\nuser: y", r"prompt.yaml: unknown key 'usr': did you mean 'user'"),
         ("user: [", r"prompt.yaml:2: not valid YAML"),
+        ("user: " + "[" * 2000, r"prompt.yaml: not valid YAML"),
+        ("user: x\n1: y", r"prompt.yaml: key 1 is no text"),
         (None, r"prompt.yaml: no such file"),
     ],
 )

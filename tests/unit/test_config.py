@@ -72,6 +72,9 @@ def test_included_files_are_found_beside_the_file_in_the_working_directory_and_i
         ("config_paths: [top.yaml]", r"config_paths include each other"),
         ("agent: 1\nagent: 2", r"top.yaml:2: not valid YAML: .*duplicate"),
         ("- a", r"top.yaml: expected a mapping"),
+        ("1: 2", r"top.yaml: key 1 is no text but int: quote it"),
+        ("models:\n  m: {headers: {on: x}}", r"top.yaml: key True of 'models.m.headers' is no text but bool"),
+        ("a: " + "[" * 2000 + "]" * 2000, r"top.yaml: not valid YAML: .*recursion"),
         ("models:\n  m: {base_url: '${'}", r"top.yaml:2: key 'models.m.base_url': .*write `\\\$\{`"),
     ],
 )
@@ -257,6 +260,9 @@ def test_a_key_alone_makes_no_model(tmp_path: Path) -> None:
         ),
         ("bus:\n  lanes: [a, 1]", r"c.yaml:2: key 'bus.lanes\[1\]': expected `str`, got `int`"),
         ("agent: {concurrency: 0}", r"c.yaml:1: key 'agent.concurrency': expected `int` >= 1"),
+        ("job:\n  limit_s: .inf", r"c.yaml:2: key 'job.limit_s': expected a finite number, not inf"),
+        ("models:\n  m:\n    sampling: {top_p: .nan}", r"c.yaml:3: key 'models.m.sampling.top_p': expected a finite"),
+        ("job: {seeds: 5000000000000000000}", r"c.yaml:1: key 'job.seeds': expected `int` <= 4611686018427387904"),
         ("m:\n  responses_api_models: {}", r"c.yaml:1: key 'm' is a server of NeMo Gym"),
     ],
 )
@@ -276,6 +282,8 @@ def test_a_wrong_key_or_value_is_named_with_file_line_and_what_could_be_meant(
         ("sk-Secret+1", "argument without a key"),
         ("config_paths=[a.yaml]", "files are given with --config"),
         ("agent={", "the value is not valid YAML"),
+        ("agent=" + "[" * 2000, "the value is not valid YAML"),
+        ("models.m.extra_body={1: 2}", "key 1 of 'models.m.extra_body' is no text"),
         ("log_level=loud", r"argument log_level=...: key 'log_level': unknown 'loud'"),
     ],
 )

@@ -380,6 +380,15 @@ def test_a_file_and_a_folder_of_one_name_are_two_jobs(tmp_path: Path) -> None:
     assert [entry.label for entry in read_entries([tmp_path / "a", tmp_path / "a.jsonl"])] == ["a", "a.jsonl"]
 
 
+def test_a_timing_that_a_row_lacks_took_no_time(tmp_path: Path) -> None:
+    timed = {"reward": 1.0, "gym_bus": {"timings": {"agent_s": 2.0, "model_s": 1.5}}}
+    write_lines(tmp_path / "rollouts.jsonl", {"_ng_task_index": 0, "_ng_rollout_index": 0, **timed})
+
+    (trace,) = times.figures(read_entries([tmp_path]))["waterfall"]["data"]
+
+    assert list(trace["x"]) == [0.0, 1.5, 0.0, 0.5, 0.0, 0.0, 0.0]
+
+
 def test_a_page_without_timings_says_so(tmp_path: Path) -> None:
     write_lines(tmp_path / "rollouts.jsonl", {"_ng_task_index": 0, "_ng_rollout_index": 0, "reward": 1.0})
     write_report([tmp_path], tmp_path / "a.html")

@@ -109,6 +109,11 @@ def test_a_field_is_a_column_of_one_kind(tmp_path: Path, values: list[Any], colu
     assert load(tmp_path)["field"].tolist() == column
 
 
+def test_a_reward_that_is_a_truth_value_is_a_number(tmp_path: Path) -> None:
+    write_lines(tmp_path / "rollouts.jsonl", *(line(task, 0) | {"reward": task == 0} for task in range(2)))
+    assert load(tmp_path)["reward"].tolist() == [1.0, 0.0]
+
+
 def test_objects_and_lists_are_columns_only_where_they_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "rollouts.jsonl", line(0, 0, tests=["a"], level=3), line(1, 0, level=4))
 

@@ -186,6 +186,21 @@ def test_another_answer_key_can_be_named(files: JobFiles) -> None:
     assert profile_job(files, Options(answer_key="choice")).agents[0].agent_metrics["majority@1/accuracy"] == 100.0
 
 
+def test_an_answer_key_that_no_rollout_has_is_refused(files: JobFiles) -> None:
+    write(files.rollouts, [row(0, 0, 1.0, choice="A")])
+
+    with pytest.raises(UsageError, match="--answer-key 'chioce': no rollout has this field"):
+        profile_job(files, Options(answer_key="chioce"))
+
+
+def test_a_reward_may_be_a_truth_value(files: JobFiles) -> None:
+    write(files.rollouts, [{**key(0, i), "reward": i == 0} for i in range(4)])
+
+    metrics = profile_job(files).agents[0].agent_metrics
+
+    assert (metrics["mean/reward"], metrics["max/reward"], metrics["pass@2/accuracy"]) == (0.25, 1, 50.0)
+
+
 def test_the_answer_key_is_the_known_one_that_most_rollouts_have(files: JobFiles) -> None:
     code = [row(0, i, float(i < 2), extracted_model_code=["x", "x", "y"][i]) for i in range(3)]
     write(files.rollouts, [*code, row(1, 0, 0.0, extracted_answer="A")])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from gym_bus.results.sequence import Bounds, Limits, Round, bounds, first_round, next_round
+from gym_bus.results.sequence import Bounds, Limits, Round, bounds, first_round, next_round, too_much_fails
 
 NAN = math.nan
 
@@ -210,6 +211,28 @@ def test_a_target_that_is_met_needs_no_round() -> None:
 
     assert next_round(run.rewards, run.rounds, run.looks[-1].half_width) is None
     assert next_round(run.rewards, run.rounds, run.looks[-1].half_width / 2) is not None
+
+
+@pytest.mark.parametrize(
+    ("second", "third", "hopeless"),
+    [
+        ([], [], False),
+        (range(3), range(3), True),  # the same 3 of 10 tasks: 0.15 of the reward stays unknown
+        (range(3), range(3, 6), False),
+        (range(10), [], False),
+        ([], range(10), True),
+    ],
+)
+def test_it_ends_where_the_same_tasks_keep_failing_or_a_whole_round_does(
+    second: Sequence[int], third: Sequence[int], hopeless: bool
+) -> None:
+    rewards = np.tile([1.0, 0.0, 1.0, 0.0], (10, 1))
+    rewards[list(second), 2] = NAN
+    rewards[list(third), 3] = NAN
+    rounds = [Round(weight=0.1, rollouts=[count] * 10, chance=[1.0] * 10) for count in (2, 1, 1)]
+
+    assert too_much_fails(rewards, rounds, 0.1) is hopeless
+    assert (next_round(rewards, rounds, 0.1) is None) is hopeless
 
 
 def test_a_task_without_a_reward_gets_no_further_rollouts() -> None:

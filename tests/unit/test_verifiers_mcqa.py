@@ -251,7 +251,10 @@ def test_a_huge_or_odd_answer_is_judged_like_any_other(mode: str | None, text: s
         ("Answer: A, A or B", None),
         ("Answer: a or b", None),
         ("Answer: A, or B", "A"),
-        ("Answer：B", "B"),
+        ("Answer：B", None),
+        ("Answer: أأ", "A"),
+        ("Answer: CأB", "C"),
+        ("Answer: Paris ب_", "B"),
     ],
 )
 def test_the_markdown_mode_takes_one_letter_that_stands_out(text: str, letter: str | None) -> None:

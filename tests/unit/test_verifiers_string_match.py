@@ -115,6 +115,7 @@ def test_where_case_matters_only_the_very_same_text_is_right(text: str, reward: 
         ("West Virginia", "WV"),
         ("the old cities of Paris, London", "the old cities of Paris; London"),
         ("5 km long, 3 kg", "5 km long, 3"),
+        ("Rome", "Roe"),
     ],
 )
 def test_the_same_answer_counts_however_it_is_written(answer: str, expected: str) -> None:
@@ -159,6 +160,8 @@ def test_a_close_number_is_almost_right(answer: str, expected: str) -> None:
         ("5", "Paris"),
         ("Paris", "5"),
         ("a, b, c", "abc"),
+        ("“Paris”", "Paris"),
+        ("`Paris`", "Paris"),
         ("\x00\ud800", "5"),
     ],
 )

@@ -158,6 +158,17 @@ def test_limits_end_it_and_it_says_so(job: Job) -> None:
     assert run.adapted(None, cancelled=True).ended == "cancelled"  # type: ignore[arg-type]
 
 
+def test_a_round_that_fails_is_the_last_one_until_it_is_mended(job: Job) -> None:
+    run = adapting(job)
+    score(run)
+    assert run.advance()
+
+    assert not run.advance()  # no rollout of the second round has a reward
+    assert run.adapted(None, cancelled=False).ended == "too much fails"  # type: ignore[arg-type]
+    score(run)
+    assert run.advance()
+
+
 def test_without_any_reward_nothing_is_planned(job: Job) -> None:
     run = adapting(job)
 

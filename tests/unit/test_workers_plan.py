@@ -160,6 +160,15 @@ def test_the_size_of_a_job_is_that_of_its_shard(benchmark: Path) -> None:
     assert size_of(planned(benchmark, "0/3")) == Size(tasks=4, rollouts=8)
 
 
+def test_data_that_is_not_there_comes_with_the_command_that_gets_it(benchmark: Path, tmp_path: Path) -> None:
+    (benchmark / "rows.jsonl").unlink()
+
+    with pytest.raises(UsageError, match=f"run `gym-bus dataset prepare {benchmark}`"):
+        planned(benchmark)
+    with pytest.raises(UsageError, match="a folder, no file"):
+        planned(benchmark, input=tmp_path)
+
+
 def test_another_agent_gets_the_options_that_are_meant_for_it_alone(benchmark: Path) -> None:
     with (benchmark / "config.yaml").open("a") as file:
         file.write("agent: {name: own, options: {rounds: 3}}\n")

@@ -131,7 +131,7 @@ def parse_row(line: bytes, where: str) -> Row:
         _any.decode(line)  # the whole of it: values kept as Raw are not checked
         return _raw_row.decode(msgspec.json.format(line, indent=-1))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
-        what = "expected a JSON object" if isinstance(e, msgspec.ValidationError) else f"not valid JSON: {e}"
+        what = "expected a JSON object" if "`object`" in str(e) else f"not valid JSON: {e}"
         raise DataError(f"{where}: {what}") from None
 
 
@@ -156,7 +156,7 @@ class Converter:
             converted = self._convert(dict(row))
         except KeyError as e:
             raise DataError(f"{where}: not a row as published: {_missing([str(e.args[0])], row)}") from None
-        except (LookupError, TypeError, ValueError, AttributeError) as e:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
             raise DataError(f"{where}: not a row as published: {e}") from None
         if converted is None:
             return None
@@ -200,8 +200,12 @@ def materialize(
     for line, text in _lines(path):
         where = f"{path}:{line}"
         row = parse_row(text, where)
-        if converter and builder.is_published_form(row):
-            converted = converter(_decoded(row), where)
+        if converter and (absent := builder.absent(row)):
+            try:
+                converted = converter(_decoded(row), where)
+            except DataError as e:
+                needed = ", ".join(map(repr, absent))
+                raise DataError(f"{e}; nor a prepared row, of which prompt or verifier need {needed}") from None
             if converted is None:
                 continue
             text = _encode(converted)
@@ -365,12 +369,12 @@ class _RowBuilder:
         self._prompt, self._required = prompt, tuple(required)
         self._overrides = {key: msgspec.Raw(_encode(value)) for key, value in overrides.items()}
 
-    def is_published_form(self, row: Row) -> bool:
-        """Whether keys are missing that a row of ours has: those of the verifier and of the prompt."""
+    def absent(self, row: Row) -> Sequence[str]:
+        """The keys of the verifier and the prompt that are missing, as they are in a row of published form."""
         needed = self._required
         if self._prompt is not None and "responses_create_params" not in row:
             needed += self._prompt.fields()
-        return bool(lacking(needed, row.__contains__))
+        return lacking(needed, row.__contains__)
 
     def build(self, row: Row, where: str) -> bytes:
         """The materialized row. Raises DataError where it cannot be run or judged."""

@@ -26,6 +26,7 @@ import msgspec
 from gym_bus.benchmarks.dataset import Convert, Converter, dataset_digest, load_rows
 from gym_bus.benchmarks.spec import Benchmark, DatasetSpec, data_path
 from gym_bus.errors import ConfigError, DataError, UsageError, did_you_mean
+from gym_bus.registry import stumbled
 
 SILENCE_LIMIT_S = 30.0
 """Seconds that a download may go without a byte."""
@@ -184,6 +185,8 @@ def load_prepare_module(benchmark: Benchmark, dataset: DatasetSpec) -> ModuleTyp
         )
     except ImportError as e:
         raise ConfigError(f"{path}: {e}; install what the script needs into the environment of gym-bus") from None
+    except (Exception, SystemExit) as e:  # as it is imported, an author's code may do anything
+        raise ConfigError(f"{path} does not load: {stumbled(e)}") from None
     if callable(getattr(module, "prepare", None)) and not hasattr(module, "SOURCES"):
         return module
     if not isinstance(getattr(module, "SOURCES", None), Mapping):

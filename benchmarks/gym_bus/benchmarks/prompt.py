@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from gym_bus.config import check
+from gym_bus.checking import check, check_keys
 from gym_bus.errors import ConfigError, DataError, did_you_mean
 from gym_bus.origins import written_at
 
@@ -47,10 +47,11 @@ def read_prompt(path: Path) -> Prompt:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"{path}: {(e.strerror or str(e)).lower()}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as e:
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or e}") from None
+    check_keys(values, str(path))
     prompt = check(Prompt, values, str(path))
     check_prompt(prompt, lambda role: written_at(path, role))
     return prompt

@@ -48,7 +48,10 @@ def init(name: str, kind: str, parent: Path) -> Benchmark:
         UsageError: the name will not do or is taken, or the folder is there already.
     """
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r}: a benchmark's name is small letters, digits and underscores, such as my_benchmark")
+        raise UsageError(
+            f"{name!r}: a benchmark's name is small letters, digits and underscores, at most 48 and a letter first, "
+            "such as my_benchmark"
+        )
     if name in known_benchmarks():
         raise UsageError(f"{name!r} is a benchmark already: choose another name")
     folder = parent / name

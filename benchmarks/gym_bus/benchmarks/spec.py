@@ -20,6 +20,7 @@ from gym_bus.errors import ConfigError, UsageError, did_you_mean
 from gym_bus.inherit import merged
 from gym_bus.origins import Layer, Origins
 from gym_bus.registry import offer
+from gym_bus.settings import Repeats
 
 DOMAINS = (
     "agent",
@@ -131,7 +132,7 @@ class DatasetSpec(_Section, frozen=True, kw_only=True):
     """With a `prepare_script`: inside the benchmark's part of the data folder. Without: beside the config file."""
     prepare_script: str | None = None
     """Python file beside the config file, with `SOURCES` and `convert`."""
-    num_repeats: Annotated[int, Meta(ge=1)] = 1
+    num_repeats: Repeats = 1
     """Rollouts per task."""
     license: str = ""
     """Required for train and validation data, as NeMo Gym does."""
@@ -185,7 +186,7 @@ class PartChange(_Section, frozen=True, kw_only=True):
 class BenchmarkChange(_Section, frozen=True, kw_only=True):
     """What one job may change in its benchmark's configuration: arguments `benchmark.KEY=value`, parts of a suite."""
 
-    num_repeats: Annotated[int, Meta(ge=1)] | None = None
+    num_repeats: Repeats | None = None
     """Rollouts per task, of whichever dataset."""
     agent: PartChange = PartChange()
     verifier: PartChange = PartChange()
@@ -210,6 +211,13 @@ class Benchmark(msgspec.Struct, frozen=True):
     """Name of its configuration file in the folder."""
     num_repeats: int | None = None
     """Rollouts per task, where a change says so; None for the dataset's own."""
+
+    @property
+    def argument(self) -> str:
+        """What stands for it in a command: its name, or where it lies if no name is known."""
+        return (
+            self.spec.name if self.package else str(self.folder if self.config == CONFIG else self.folder / self.config)
+        )
 
     def dataset(self, which: str | None = None) -> DatasetSpec:
         """The dataset of that type or of that name; without one, the main one.

@@ -177,7 +177,7 @@ def validate_file(
 
 
 def _how_to_get(benchmark: Benchmark, dataset: DatasetSpec) -> str:
-    name = benchmark.spec.name if benchmark.package else str(benchmark.folder)
+    name = benchmark.argument
     if dataset.prepare_script is not None:
         return f"run `gym-bus dataset prepare {name} --split {dataset.name}`"
     if dataset.registries:

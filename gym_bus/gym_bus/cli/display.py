@@ -241,6 +241,7 @@ ENDED = {
     "limit": "the limits allow no more",
     "cancelled": "cancelled",
     "nothing scored": "no task has a reward",
+    "too much fails": "with so many failures no number of rollouts gets there",
 }
 
 

@@ -22,6 +22,7 @@ from gym_bus.config import Config
 from gym_bus.errors import UsageError
 from gym_bus.jobs import JobRecord, find_job, list_jobs
 from gym_bus.results.profile import profile_job
+from gym_bus.settings import MOST_REPEATS
 from gym_bus.workers.plan import Job, Shard, Wanted, plan_job, write_down
 from gym_bus.workers.run import RunResult, Status, cancel_job, job_status, run_job, submit_job
 
@@ -44,7 +45,11 @@ def job_options(function: common.F) -> common.F:
         click.argument("benchmark"),
         click.option("--model", metavar="NAME", help="A model of the configuration."),
         click.option("--replay", type=click.Path(path_type=Path), help="Recorded answers (JSONL) in place of a model."),
-        click.option("--num-repeats", type=click.IntRange(1), help="Rollouts per task; default: the benchmark's own."),
+        click.option(
+            "--num-repeats",
+            type=click.IntRange(1, MOST_REPEATS),
+            help="Rollouts per task; default: the benchmark's own.",
+        ),
         click.option("--limit", type=click.IntRange(1), help="Only the first so many tasks."),
         click.option("--split", help="The benchmark's dataset, by type or name; default: its main one."),
         click.option("--input", "input_file", type=click.Path(path_type=Path), help="Rows of this file instead."),

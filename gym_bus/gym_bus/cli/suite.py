@@ -15,6 +15,7 @@ from gym_bus.config import Config, Layer
 from gym_bus.errors import ConfigError, GymBusError, UsageError, did_you_mean
 from gym_bus.results.disk import replace_file
 from gym_bus.results.profile import profile_job
+from gym_bus.settings import MOST_REPEATS
 from gym_bus.workers.plan import Job, Plan, Size, Wanted, plan_job, size_of, write_down
 from gym_bus.workers.run import RunResult
 from gym_bus.workers.suite import Part, Suite, read_suite
@@ -52,7 +53,7 @@ class SuiteSummary(msgspec.Struct, kw_only=True):
 @click.argument("file", type=click.Path(path_type=Path), metavar="SUITE.yaml")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of all jobs; default: runs/NAME of the suite.")
 @click.option("--only", multiple=True, metavar="NAME", help="Only this benchmark of the suite; may be repeated.")
-@click.option("--num-repeats", type=click.IntRange(1), help="Rollouts per task, whatever the suite says.")
+@click.option("--num-repeats", type=click.IntRange(1, MOST_REPEATS), help="Rollouts per task, whatever the suite says.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many tasks of each benchmark.")
 @click.option("--split", help="This dataset of each benchmark.")
 @common.sampling_options

@@ -53,7 +53,7 @@ class _FailedHead(_Head, frozen=True, kw_only=True):
 
 
 class _ScoredHead(_Head, frozen=True, kw_only=True):
-    reward: float
+    reward: float | bool  # as the other numbers: a truth value counts as 0 or 1
     response: _Response | None = None
 
 

@@ -180,7 +180,7 @@ class _Line(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Scored(_Line, frozen=True, kw_only=True):
-    reward: float
+    reward: float | bool
 
 
 class _Failed(_Line, frozen=True, kw_only=True):
@@ -224,7 +224,7 @@ def _cells(line: _Scored | _Failed) -> dict[str, Any]:
 def _outcome(line: _Scored | _Failed) -> dict[str, Any]:
     if isinstance(line, _Scored):
         empty = {"failure_class": None, "failure_stage": None, "failure_detail": None}
-        return {"outcome": "scored", "reward": line.reward if isfinite(line.reward) else nan, **empty}
+        return {"outcome": "scored", "reward": float(line.reward) if isfinite(line.reward) else nan, **empty}
     return {
         "outcome": "failed",
         "reward": nan,

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from gym_bus.errors import UsageError
 from gym_bus.results.columns import INDICES
 from gym_bus.results.disk import replace_file
 from gym_bus.results.files import JobFiles
@@ -86,7 +87,7 @@ def profile_job(files: JobFiles, options: Options = AUTOMATIC, *, into: JobFiles
 
     Raises:
         DataError: names file and line: not a result, a rollout recorded twice, or one that is not expected.
-        UsageError: a file cannot be written, or no row has the field to divide the tasks by.
+        UsageError: a file cannot be written, or no row has the field to divide the tasks or to vote by.
     """
     job = _Job(files, options)
     into = into or files
@@ -198,6 +199,8 @@ class _Job:
     def __init__(self, files: JobFiles, options: Options) -> None:
         self._files, self._options = files, options
         self.table = read_table(files, (options.answer_key,) if options.answer_key else ANSWER_KEYS)
+        if options.answer_key and len(self.table.row_at) and self.table.answer_key is None:
+            raise UsageError(f"--answer-key {options.answer_key!r}: no rollout has this field")
         self._subsets = np.array(task_subsets(files, self.table, options.by) if options.by else [], object)
         self.agents = [self._agent_profile(name) for name in self._agents_by_first_rollout()]
 

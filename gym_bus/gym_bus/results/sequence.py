@@ -228,6 +228,33 @@ class _Seen:
         return (sums + PRIOR_REWARDS * overall) / (self._count + PRIOR_REWARDS)
 
 
+def too_much_fails(rewards: Floats, rounds: Sequence[Round], target: float) -> bool:
+    """Whether further rounds like the last ones never bring the interval to the target.
+
+    So it is where a whole round has no reward, and where the tasks that took part in each of the last two rounds and
+    got none weigh too much: they may deserve any, however many rounds there are.
+    """
+    failed, tried = _failed(rewards, rounds)
+    if len(failed) < 2:
+        return False
+    stuck = failed[-1] & failed[-2]
+    return bool(failed[-1][tried[-1]].all()) or float(stuck.mean()) / 2 >= target
+
+
+def _failed(rewards: Floats, rounds: Sequence[Round]) -> tuple[list[NDArray[np.bool_]], list[NDArray[np.bool_]]]:
+    """By round, of the tasks with any reward: which took part and got none, and which took part."""
+    some = _has_reward(rewards)
+    start = np.zeros(int(some.sum()), np.int64)
+    failed, tried = [], []
+    for round in rounds if some.any() else ():
+        count = np.array(round.rollouts)[some]
+        own = _own_rewards(rewards[some], start, count)
+        tried.append(count > 0)
+        failed.append((count > 0) & np.isnan(own).all(axis=1))
+        start += count
+    return failed, tried
+
+
 def next_round(
     rewards: Floats,
     rounds: Sequence[Round],
@@ -237,7 +264,7 @@ def next_round(
     seed: int = 0,
     alpha: float = ALPHA,
 ) -> Round | None:
-    """Where to look next; None where the target is met, or cannot be within the limits.
+    """Where to look next; None where the target is met, or cannot be: for the limits, or as `too_much_fails`.
 
     Tasks get rollouts in proportion to the spread of their rewards (Neyman's allocation), and the round as many as it
     takes to bring the interval to the target, as far as is known.
@@ -252,6 +279,8 @@ def next_round(
     """
     some = _has_reward(rewards)
     if not some.any() or bounds(rewards, rounds, alpha).half_width <= target:
+        return None
+    if too_much_fails(rewards, rounds, target):
         return None
     done = np.sum([round.rollouts for round in rounds], axis=0)
     left = np.full(int(some.sum()), most.of(1)) - done[some]

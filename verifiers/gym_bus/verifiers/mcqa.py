@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, cast
@@ -24,8 +23,9 @@ ROW_MODES = ("strict_single_letter_boxed", "lenient_boxed", "lenient_answer_colo
 REGEX_TEXT_LIMIT = 100_000
 """Characters, from the end, that a dataset's own pattern is run over: it may be slow, and the loop must not wait."""
 
-_OTHER_SCRIPTS = str.maketrans("أبجدঅবডঢＡＢＣＤ", "ABCDABCDABCD")
-"""Arabic, Bengali and full-width option letters, as multilingual benchmarks use them for A to D."""
+_OTHER_SCRIPTS = {ord(theirs): f" {ours}" for theirs, ours in zip("أبجدঅবডঢＡＢＣＤ", "ABCD" * 3, strict=True)}
+"""Arabic, Bengali and full-width option letters, as multilingual benchmarks use them for A to D. The space before each
+makes a letter within a word stand alone, as in NeMo Gym."""
 
 _ONE_LETTER = re.compile(r"^[^A-Za-z]*([A-Z])[^A-Za-z]*$")
 _LEADING_LETTER = re.compile(r"^\s*([A-Z])\s*[:).\-]")
@@ -164,12 +164,12 @@ def _answer_colon(text: str, choices: dict[str, str]) -> str | None:
 
 
 def _answer_colon_md(text: str, choices: dict[str, str]) -> str | None:
-    payloads = _ANSWER_COLON_MD.findall(unicodedata.normalize("NFKC", text))
+    payloads = _ANSWER_COLON_MD.findall(text)
     return next((letter for payload in reversed(payloads) if (letter := _md_letter(payload, choices))), None)
 
 
 def _md_letter(payload: str, choices: dict[str, str]) -> str | None:
-    answer = _latin(payload).strip("*_` \t\n\r.,;:")
+    answer = _latin(payload).strip().strip("*_` \t\n\r.,;:")
     if _names_several(answer, choices):
         return None
     found = [answer] if len(answer) == 1 else _LEADING_ALONE.findall(answer) or _CAPITAL_ALONE.findall(answer)[-1:]

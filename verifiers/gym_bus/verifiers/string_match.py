@@ -28,11 +28,11 @@ _THOUSANDS = re.compile(r"(\d+),(\d+)")
 _LATEX = re.compile(r"\\(?:boxed|text|textbf|textit|texttt|mathrm|mathbf|mathit|mathsf|mathbb|mathcal|emph|url)\s*\{")
 _DELIMITERS = re.compile(r"\\[()\[\]]|\$")
 _LIST = re.compile(r"[,;]|and|or")
-_UNITS = re.compile(r"\^\{?\\circ\}?|\\circ|°|(?<![a-z])(?:cm[²³]?|mm|km|m[²³]?|kg)(?![a-z])")
+_UNITS = re.compile(r"\^\{?\\circ\}?|\\circ|°|cm[²³]?|mm|km|m[²³]?|kg")
+"""Within words too, as in NeMo Gym: the same is done to both sides."""
 _MONEY = re.compile(r"\\[%$]|[£€$%,]")
 _UNICODE_MATH = str.maketrans({"°": "^\\circ", "√": "\\sqrt", "π": "\\pi"})
 """What is left to translate after NFKC, which has made superscripts and full-width signs plain."""
-_QUOTES = (('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"), ("`", "`"))
 
 _STATES = {
     "district of columbia": "dc",
@@ -110,15 +110,13 @@ def likeness(answer: str, expected: str) -> float:
     if _close(a, b):
         return CLOSE
     a, b = _plain(a), _plain(b)
-    return 1.0 if a and a == b else CLOSE if _close(a, b) else 0.0
+    return 1.0 if a == b else CLOSE if _close(a, b) else 0.0
 
 
 def _basic(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).strip()
-    for opening, closing in _QUOTES:
-        if len(text) > 1 and text.startswith(opening) and text.endswith(closing):
-            text = text[1:-1].strip()
-            break
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1].strip()
     text = text.lower()
     return text.rstrip(".!?").strip() or text
 

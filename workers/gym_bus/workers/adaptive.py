@@ -25,7 +25,7 @@ from gym_bus.results.disk import replace_file
 from gym_bus.results.inputs import InputRows
 from gym_bus.results.lock import FileLock
 from gym_bus.results.rounds import Rounds
-from gym_bus.results.sequence import Bounds, Limits, Round, bounds, first_round, next_round
+from gym_bus.results.sequence import Bounds, Limits, Round, bounds, first_round, next_round, too_much_fails
 from gym_bus.results.statistics import Floats
 from gym_bus.workers.local import LocalStack
 from gym_bus.workers.plan import Job
@@ -47,7 +47,7 @@ class Aim(msgspec.Struct, frozen=True, kw_only=True):
     """As for the job's first rollouts: each asks the model for a seed, this number plus its index."""
 
 
-Ended = Literal["reached", "limit", "cancelled", "nothing scored"]
+Ended = Literal["reached", "limit", "cancelled", "nothing scored", "too much fails"]
 
 
 class Adapted(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,4 +211,6 @@ class Adapting:
             ended = "nothing scored"
         elif known.half_width <= self._aim.half_width:
             ended = "reached"
+        elif too_much_fails(self._task_rewards(), self._plan.rounds, self._aim.half_width):
+            ended = "too much fails"
         return Adapted(job=self.job, result=result, bounds=known, ended=ended)

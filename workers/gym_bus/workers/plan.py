@@ -164,14 +164,15 @@ def check_verifier(name: str, options: dict[str, Any], config: Config) -> str:
 def _find_data(benchmark: Benchmark, wanted: Wanted, split: str, data_dir: Path) -> Path:
     if wanted.input is not None:
         if not wanted.input.is_file():
-            raise UsageError(f"--input {wanted.input}: no such file")
+            what = "a folder, no file" if wanted.input.is_dir() else "no such file"
+            raise UsageError(f"--input {wanted.input}: {what}")
         return wanted.input
     path = data_path(benchmark, data_dir, split)
     if not path.is_file():
-        name = benchmark.spec.name
-        command = f"gym-bus dataset prepare {name}" + (f" --split {split}" if split != benchmark.main.name else "")
+        other = f" --split {split}" if split != benchmark.main.name else ""
+        command = f"gym-bus dataset prepare {benchmark.argument}{other}"
         raise UsageError(
-            f"benchmark {name!r} is not prepared: run `{command}` (it fetches the data from its "
+            f"benchmark {benchmark.spec.name!r} is not prepared: run `{command}` (it fetches the data from its "
             f"public source, or reads a folder with --source DIR), or try its five example rows with --split example"
         )
     return path

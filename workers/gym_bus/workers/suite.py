@@ -13,7 +13,7 @@ from gym_bus.benchmarks.spec import PartChange
 from gym_bus.config import check, file_layers, find_file, interpolate, merge_layers
 from gym_bus.errors import ConfigError, UsageError, did_you_mean
 from gym_bus.origins import Layer, Origins
-from gym_bus.settings import Count, PositiveInt
+from gym_bus.settings import PositiveInt, Repeats, Seed
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,7 +25,7 @@ class Options(_Section, frozen=True, kw_only=True):
 
     models: tuple[str, ...] | None = None
     """Names of models, in place of the suite's."""
-    num_repeats: PositiveInt | None = None
+    num_repeats: Repeats | None = None
     limit: PositiveInt | None = None
     """Tasks."""
     split: str | None = None
@@ -33,7 +33,7 @@ class Options(_Section, frozen=True, kw_only=True):
     """Rows of this file instead; beside the suite file, or a path from the working directory."""
     prompt: str | None = None
     """A prompt's file, found as `input` is."""
-    seeds: Count | None = None
+    seeds: Seed | None = None
     responses_create_params: dict[str, Any] = {}
     """Sampling parameters."""
     agent: PartChange = PartChange()

@@ -54,8 +54,9 @@ def seconds(value: float) -> str:
 def stage_seconds(entry: Entry) -> dict[str, Floats]:
     """Seconds per stage of every scored rollout, stages in order of time; shape [scored rollouts with timings]."""
     frame = entry.frame[(entry.frame["outcome"] == "scored").to_numpy() & (entry.work_s > 0)]
-    taken = {name: frame[name].to_numpy(float) for name in STAGES if name in frame}
-    taken["other_s"] = np.maximum(0.0, frame["agent_s"].to_numpy(float) - taken["model_s"] - taken["tools_s"])
+    # Another tool's rows may lack some of the timings: they took no time that is known.
+    taken = {name: np.nan_to_num(frame[name].to_numpy(float)) for name in (*STAGES, "agent_s") if name in frame}
+    taken["other_s"] = np.maximum(0.0, taken["agent_s"] - taken["model_s"] - taken["tools_s"])
     return {name: taken[name] for name in STAGES}
 
 

@@ -371,7 +371,7 @@
       const parts = [
         make("h3", {}, this.data.jobs.length > 1 ? chip(job) : null, `Task ${one.task}, rollout ${one.rollout}`, this.badge(one)),
         make("p", { cls: "facts" }, ...facts.map((text) => make("span", { text }))),
-        this.siblings(one),
+        ...this.siblings(one),
       ];
       if (one.failure) parts.push(...this.failure(one.failure));
       if (one.verdict.length) parts.push(make("h4", { text: one.failure ? "Fields" : "Verdict" }), this.fields(one.verdict));
@@ -385,15 +385,15 @@
     siblings(one) {
       const family = this.data.families.find((own) => own.members.includes(one.job));
       const same = this.all.map((_, at) => at).filter((at) => this.all[at].task === one.task && family.members.includes(this.all[at].job));
-      if (same.length < 2) return null;
+      if (same.length < 2) return [];
       same.sort((a, b) => this.all[a].job - this.all[b].job || this.all[a].rollout - this.all[b].rollout);
-      return make("p", { cls: "siblings" }, make("span", { cls: "muted", text: "same task:" }), ...same.slice(0, 40).map((at) => {
+      return [make("p", { cls: "siblings" }, make("span", { cls: "muted", text: "same task:" }), ...same.slice(0, 40).map((at) => {
         const other = this.all[at];
         const name = this.data.jobs.length > 1 ? `${this.data.jobs[other.job].label} · ${other.rollout}` : String(other.rollout);
         return make("button", {
           cls: other === one ? "pill on" : "pill", type: "button", on: { click: () => this.open(at, false) },
         }, make("i", { cls: `dot ${other.outcome}` }), name);
-      }));
+      }))];
     },
 
     failure: (failure) => [
