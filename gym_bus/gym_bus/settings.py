@@ -212,6 +212,9 @@ class VerifierConfig(_Section, frozen=True):
     sandbox_level: Literal["namespaces", "landlock"] = "namespaces"
     """The lowest level of isolation that will do for programs: `landlock` is for containers that allow no namespaces.
     The highest that the machine gives is used; where it does not give this one, nothing is run."""
+    preload: tuple[str, ...] = ()
+    """Modules that programs find imported already, besides those that verifiers choose: of the standard library, or of
+    installed packages such as `numpy`, which programs cannot import otherwise. Each costs every program a little."""
     limit_s: Seconds = 30.0
     """Wall-clock seconds of one verification on the pool, beyond the sandbox's own limits for its programs."""
     batch: PositiveInt = 16

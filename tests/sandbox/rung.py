@@ -64,6 +64,15 @@ async def used() -> dict[str, object]:
         await slot.close()
 
 
+async def numeric() -> str:
+    slot = await Slot.start("numpy", least=Level.LANDLOCK)
+    try:
+        source = b"import numpy.polynomial\ntry: import msgspec\nexcept ImportError: print(numpy.arange(5).sum())"
+        return (await slot.run(Program(source=source))).stdout.decode()
+    finally:
+        await slot.close()
+
+
 async def session() -> list[str]:
     made = await Session.start(least=Level.LANDLOCK)
     try:
@@ -111,6 +120,7 @@ def left() -> list[str]:
 if __name__ == "__main__":
     VERIFIERS.add("demanding", "__main__:Demanding")
     report = asyncio.run(used()) | {
+        "numeric": asyncio.run(numeric()),
         "session": asyncio.run(session()),
         "judged": judged(),
         "started": asyncio.run(started()),

@@ -92,6 +92,7 @@ def test_every_rung_runs_honest_programs_holds_what_it_promises_and_names_what_i
     assert (report["laid"], report["cases"]) == ("A ['b']\n", ["1\n", "2\n"])
     assert report["pair"] == ["b'that'\n", "b'what?'\n"]
     assert report["session"] == ["", "21"]
+    assert report["numeric"] == "10\n"
     assert report["judged"][:2] == [1.0, 1.0]
     assert report["left"] == []
     # A verifier's own demand is a floor that the worker's setting does not lower.

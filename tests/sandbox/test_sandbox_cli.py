@@ -164,3 +164,13 @@ def test_the_language_is_taken_from_the_files_name(tmp_path: Path, slot: Slot) -
     if slot._zygote.group is None or not Path("/usr/bin/bash").exists():
         pytest.skip("no bash in this sandbox")
     assert run(tmp_path, "echo $((6 * 7))", name="program.sh").stdout == "42\n"
+
+
+def test_a_program_imports_the_packages_that_are_named(tmp_path: Path) -> None:
+    source = "import numpy; print(numpy.arange(4).sum())"
+
+    assert run(tmp_path, source, "--preload", "numpy").stdout == "6\n"
+    unknown = run(tmp_path, source, "--preload", "nunpy")
+
+    assert isinstance(unknown.exception, UsageError)
+    assert "no installed package has a module 'nunpy'" in str(unknown.exception)

@@ -101,6 +101,12 @@ def _print_report(report: dict[str, Any]) -> None:
 @click.option("--language", type=str, help="Default: by the file's name.")
 @click.option("--stdin", "stdin_file", type=click.Path(path_type=Path), help="File that the program reads.")
 @click.option("--limit", "limits", multiple=True, metavar="KEY=VALUE", help="wall_s, cpu_s, memory_bytes, ...")
+@click.option(
+    "--preload",
+    multiple=True,
+    metavar="MODULE",
+    help="Have it imported before; numpy and other installed packages are there only so. May be repeated.",
+)
 @least_option
 @common.json_option
 def run(
@@ -109,6 +115,7 @@ def run(
     language: str | None,
     stdin_file: Path | None,
     limits: tuple[str, ...],
+    preload: tuple[str, ...],
     least: str,
     as_json: bool,
 ) -> int:
@@ -118,7 +125,7 @@ def run(
     """
     program = Program(source=_read(file), language=language or SUFFIXES.get(file.suffix, "python"), arguments=arguments)
     try:
-        outcome = common.run(_run(program, _read(stdin_file) if stdin_file else b"", _limits(limits), least))
+        outcome = common.run(_run(program, _read(stdin_file) if stdin_file else b"", _limits(limits), preload, least))
     except SandboxError as e:
         if as_json:
             common.print_json({"ended": Ended.of(e), "detail": str(e)})
@@ -157,11 +164,12 @@ def _limits(given: tuple[str, ...]) -> Limits:
         raise UsageError(f"--limit: {e}") from None
 
 
-async def _run(program: Program, stdin: bytes, limits: Limits, least: str) -> Outcome:
+async def _run(program: Program, stdin: bytes, limits: Limits, preload: tuple[str, ...], least: str) -> Outcome:
     from gym_bus.sandbox.protections import Level
     from gym_bus.sandbox.slot import Slot
+    from gym_bus.sandbox.zygote import PRELOAD
 
-    slot = await Slot.start(least=Level(least))
+    slot = await Slot.start(" ".join((PRELOAD, *preload)), least=Level(least))
     try:
         return await within(4 * limits.wall_s + 60, slot.run(program, stdin, limits))
     finally:

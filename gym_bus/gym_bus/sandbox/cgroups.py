@@ -72,6 +72,13 @@ class MemoryGroup:
                 self._write("memory.memsw.limit_in_bytes", size_bytes)
         self._limit = size_bytes
 
+    def used_bytes(self) -> int:
+        """What the group takes now, cached files included; 0 where the kernel does not say."""
+        name = "memory.current" if self.version == 2 else "memory.usage_in_bytes"
+        with contextlib.suppress(OSError):
+            return int((self._folder / name).read_bytes())
+        return 0
+
     def starved(self) -> bool:
         """Whether the kernel has killed one of the group since this was asked last because it was at its limit.
 

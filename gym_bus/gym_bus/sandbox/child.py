@@ -225,9 +225,10 @@ def _unpack(packed: bytes, scratch: str) -> dict[str, Any]:
 
 
 def _reseed() -> None:
-    """Where the generator is loaded already; who imports it gets a seed then."""
-    if random := sys.modules.get("random"):
-        random.seed()
+    """Where a generator is loaded already; who imports one gets a seed then."""
+    for name in ("random", "numpy.random"):
+        if random := sys.modules.get(name):
+            random.seed()
 
 
 def _read(fd: int, size: int) -> bytes:

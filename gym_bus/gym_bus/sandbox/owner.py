@@ -25,7 +25,7 @@ import msgspec
 
 from gym_bus.errors import SandboxError, SandboxRefused
 from gym_bus.logs import get_logger
-from gym_bus.sandbox import advice, child, zygote
+from gym_bus.sandbox import advice, child, packages, zygote
 from gym_bus.sandbox.api import DEFAULT_LIMITS
 from gym_bus.sandbox.cgroups import HEADROOM_BYTES, MemoryGroup
 from gym_bus.sandbox.protections import Level
@@ -43,6 +43,8 @@ _IDS_PER_SLOT, _FIRST_ID, _IDS = 2, 0x7000_0000, 0x0800_0000
 _FEWEST_IDS = 8192
 _numbers = itertools.count()
 
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""For what packages start when they are imported: a fork would lose it."""
 _BOOT = "import sys; sys.path.insert(0, sys.argv[3]); from gym_bus.sandbox.zygote import main; main()"
 
 
@@ -152,6 +154,9 @@ class Zygote:
         level: Level = Level.NAMESPACES,
     ) -> None:
         self._preload, self._modules, self._tools, self.level = preload, tuple(modules), tools, level
+        self.packages = packages.find(preload)
+        """Installed packages that its programs may import."""
+        self._resident_bytes = 0
         self.names = names
         """Text whose names its programs find."""
         self.disk_bytes = DEFAULT_LIMITS.disk_bytes
@@ -193,6 +198,8 @@ class Zygote:
             if self.group:
                 self.group.add(self._process.pid)
             await self._handshake()
+            if self.group and self.packages.modules:
+                self._resident_bytes = self.group.used_bytes()
         except (OSError, SandboxError) as e:
             await self.kill()
             refused = isinstance(e, LevelRefused)
@@ -203,6 +210,7 @@ class Zygote:
         return {
             "interpreter": sys.base_prefix,
             "preload": self._preload,
+            "packages": self.packages._asdict(),
             "modules": list(self._modules),
             "names": self.names,
             "module_paths": sorted({_root_of(name) for name in self._modules}),
@@ -249,7 +257,7 @@ class Zygote:
     def bound(self, memory_bytes: int) -> None:
         """Set the memory limit for what runs next."""
         if self.group:
-            self.group.limit(memory_bytes + HEADROOM_BYTES)
+            self.group.limit(memory_bytes + HEADROOM_BYTES + self._resident_bytes)
 
     def starved(self) -> bool:
         """Whether the kernel has killed for want of memory below the limit since this was asked last."""
@@ -355,7 +363,7 @@ def _launch(boot: str, control: socket.socket, settings: dict[str, Any]) -> subp
         stderr=subprocess.DEVNULL,
         pass_fds=[control.fileno()],
         # Symbols are looked up once, by the zygote, not by each program.
-        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LD_BIND_NOW": "1"},
+        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LD_BIND_NOW": "1", **_ONE_THREAD},
         cwd="/",
         start_new_session=True,
     )

@@ -21,8 +21,10 @@ def shared(interpreter: str) -> list[str]:
     return [interpreter, *_LIBRARIES]
 
 
-def open_sources(interpreter: str, *, tools: bool) -> dict[str, int]:
+def open_sources(interpreter: str, packages: dict[str, list[str]], *, tools: bool) -> dict[str, int]:
     """Descriptors of everything that will be bound in, by its path inside.
+
+    `packages`: names by folder; the folders get other paths inside, see `package_folders`.
 
     Opened within the new mount namespace, whose mounts alone can be bound, and before the change of user: the new
     one may not reach them by path (a home folder is closed to it), and a new mount may hide them.
@@ -30,7 +32,15 @@ def open_sources(interpreter: str, *, tools: bool) -> dict[str, int]:
     wanted = [*shared(interpreter), *(f"/dev/{name}" for name in DEVICES)]
     if tools:
         wanted = [path for path in (*wanted, *_TOOLS) if not path.startswith("/usr/")]
-    return {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in wanted if os.path.exists(path)}
+    sources = {path: path for path in wanted if os.path.exists(path)}
+    for inside, (outside, names) in zip(package_folders(packages), packages.items(), strict=True):
+        sources |= {f"{inside}/{name}": f"{outside}/{name}" for name in names}
+    return {inside: os.open(outside, os.O_PATH | os.O_CLOEXEC) for inside, outside in sources.items()}
+
+
+def package_folders(packages: dict[str, list[str]]) -> list[str]:
+    """Where programs find what is in `packages`: the host's own paths may be hidden, below /tmp for one."""
+    return [f"/packages/{number}" for number in range(len(packages))]
 
 
 def build(sources: dict[str, int], links: dict[str, str], disk_bytes: int) -> None:

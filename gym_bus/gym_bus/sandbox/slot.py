@@ -22,7 +22,7 @@ from gym_bus.sandbox.protections import Facts, Level, Protection, describe
 log = get_logger(__name__)
 
 STDERR_BYTES = 64 * 1024
-ADDRESS_FACTOR, ADDRESS_BASE = 2, 256 * 2**20
+ADDRESS_FACTOR, ADDRESS_BASE, ADDRESS_PACKAGES = 2, 256 * 2**20, 2**30
 """Address space is a second line behind the cgroup: interpreters reserve more than they use."""
 CPU_TICK_SHARE = 0.5
 """The kernel counts a limit in ticks: on a busy virtual machine a program that it killed has used as much as a quarter
@@ -124,12 +124,14 @@ class Slot:
         """A slot that is ready.
 
         Args:
-            preload: modules of the standard library to have imported before any program, space-separated.
+            preload: modules to have imported before any program, space-separated: of the standard library, or of
+                installed packages, which programs cannot import otherwise.
             modules: modules of the caller's that programs may import; they may use the standard library only.
             names: text whose names programs find without paying for it; see `Program.names`. It is the caller's own.
             least: the lowest level that will do where the machine does not give the highest.
 
         Raises:
+            UsageError: no installed package has a module of `preload`.
             SandboxRefused: this machine does not give `least`; the message says what failed and what would mend it.
             SandboxError: it does not start for another reason.
         """
@@ -329,6 +331,8 @@ def _order(
 ) -> bytes:
     bounded = where.group is not None
     address = limits.memory_bytes * (ADDRESS_FACTOR if bounded else 1) + ADDRESS_BASE
+    if where.packages.modules:
+        address += ADDRESS_PACKAGES
     if language is not None and not language.bounded_address_space and bounded:
         address = 0
     file_bytes = max(limits.file_bytes, limits.output_bytes + STDERR_BYTES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import _socket
 import array
 import contextlib
+import importlib.machinery
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from gym_bus.sandbox import child, landlock, root, seccomp, syscalls
@@ -62,6 +64,9 @@ def main() -> NoReturn:
         os._exit(1)
     try:
         place = _namespaces(control, config) if config["level"] == "namespaces" else _landlock(config)
+    except ImportError as e:
+        _say(control, {"error": str(e)})
+        os._exit(1)
     except OSError as e:
         _say(control, {"error": e.strerror or str(e), "refused": True})
         os._exit(1)
@@ -70,7 +75,7 @@ def main() -> NoReturn:
 
 
 def _load(config: dict[str, Any]) -> None:
-    _preload(config["preload"])
+    _preload(name for name in config["preload"].split() if name not in config["packages"]["modules"])
     sys.path[:0] = config["module_paths"]
     for name in config["modules"]:
         __import__(name)
@@ -82,7 +87,7 @@ def _namespaces(control: _socket.socket, config: dict[str, Any]) -> child.Place:
     """Go into namespaces and a file tree of our own. Returns in the first process of the PID namespace only."""
     links = root.host_links(tools=config["tools"])
     syscalls.unshare(_NAMESPACES)
-    sources = root.open_sources(config["interpreter"], tools=config["tools"])
+    sources = root.open_sources(config["interpreter"], config["packages"]["folders"], tools=config["tools"])
     ids = _wait_for_ids(control)
     if ids:
         os.setgroups([])
@@ -98,6 +103,9 @@ def _namespaces(control: _socket.socket, config: dict[str, Any]) -> child.Place:
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     syscalls.drop_bounding_set()
     syscalls.set_capabilities(_KEPT)
+    packages = config["packages"]
+    sys.path += root.package_folders(packages["folders"])
+    _import(packages["modules"])
     _lock_in(root.SCRATCH, config["names"], seccomp.build(forks=config["forks"]))
     return child.Place(1 if ids else None)
 
@@ -118,6 +126,9 @@ def _landlock(config: dict[str, Any]) -> child.Place:
     place = child.Place(user + 1 if user else None, scratch)
     place.landlock = abi
     seen = [(path, landlock.READ) for path in root.shared(config["interpreter"])]
+    packages = config["packages"]
+    for folder, names in packages["folders"].items():
+        seen += [(folder, landlock.READ_DIR), *((f"{folder}/{name}", landlock.READ) for name in names)]
     seen += [(f"/dev/{name}", landlock.DEVICE) for name in root.DEVICES]
     own = landlock.ruleset(abi, [*seen, (scratch, landlock.CHANGE)])
     place.domain = landlock.ruleset(abi, [*seen, (scratch, landlock.READ)])
@@ -126,6 +137,8 @@ def _landlock(config: dict[str, Any]) -> child.Place:
         place.tasks = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
     landlock.enter(own)
     os.close(own)
+    sys.meta_path.append(_Finder(packages["folders"]))
+    _import(packages["modules"])
     _lock_in(scratch, config["names"], seccomp.build(forks=False, apart=False))
     return place
 
@@ -145,10 +158,31 @@ def _change_user(user: int | None) -> None:
         raise OSError(0, f"the interpreter: another user cannot read {os.__file__}")
 
 
-def _preload(names: str) -> None:
-    for name in ("_ast", *names.split()):  # the types that `compile` would make in every program
+def _preload(names: Iterable[str]) -> None:
+    for name in ("_ast", *names):  # the types that `compile` would make in every program
         with contextlib.suppress(ImportError):  # an interpreter built without it: programs find out themselves
             __import__(name)
+
+
+class _Finder:
+    """Finds packages in folders that hold others, too, which programs may not read: those do not exist."""
+
+    def __init__(self, folders: dict[str, list[str]]) -> None:
+        self._folders = {entry.split(".")[0]: [folder] for folder, names in folders.items() for entry in names}
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if path is not None or name not in self._folders:
+            return None
+        return importlib.machinery.PathFinder.find_spec(name, self._folders[name], target)
+
+
+def _import(packages: Iterable[str]) -> None:
+    """From within: what cannot be imported here could not be used by programs either."""
+    for name in packages:
+        try:
+            __import__(name)
+        except Exception as e:  # foreign code
+            raise ImportError(f"package {name}: {type(e).__name__}: {e}") from None
 
 
 def _wait_for_ids(control: _socket.socket) -> bool:

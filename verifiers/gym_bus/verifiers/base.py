@@ -60,9 +60,10 @@ class SandboxedVerifier(Protocol):
 
         sandbox_level: ClassVar[Level] = Level.NAMESPACES
 
-    One whose programs import further modules of the standard library in any case may have them imported before:
+    One whose programs import further modules in any case may have them imported before, those of installed packages
+    included, which programs cannot import otherwise:
 
-        preload: ClassVar[str] = "datetime random"
+        preload: ClassVar[str] = "datetime random numpy"
 
     One whose programs all begin with the same text (`Program.names`) has it run but once:
 

@@ -25,13 +25,13 @@ _SIZE_BYTES = 8
 _BOOT = (
     "import json, sys; sys.path[:], offers = json.loads(sys.argv[1]); "
     "from gym_bus.registry import take_over; take_over(offers); "
-    "from gym_bus.verifiers.local_pool import serve; serve(int(sys.argv[2]), sys.argv[3])"
+    "from gym_bus.verifiers.local_pool import serve; serve(int(sys.argv[2]), *sys.argv[3:])"
 )
 
 
-def serve(fd: int, sandbox_level: str) -> None:
+def serve(fd: int, sandbox_level: str, *preload: str) -> None:
     """A child's life: batches in, answers out, until the other end of the socket is closed."""
-    runner = VerifierRunner(sandbox_level)
+    runner = VerifierRunner(sandbox_level, preload)
     with socket.socket(fileno=fd) as end, end.makefile("rb") as stream:
         end.sendall(_framed(b""))  # it is up
         while size := stream.read(_SIZE_BYTES):
@@ -52,7 +52,7 @@ class _Child:
         self._process, self._reader, self._writer = process, reader, writer
 
     @classmethod
-    async def start(cls, sandbox_level: str) -> Self:
+    async def start(cls, config: VerifierConfig) -> Self:
         """A child that is ready. Raises SandboxError where it does not come up."""
         ours, theirs = socket.socketpair()
         with theirs:
@@ -63,7 +63,8 @@ class _Child:
                 # It finds what this process finds: verifiers of installed packages and of folders included.
                 json.dumps([sys.path, offered()]),
                 str(theirs.fileno()),
-                sandbox_level,
+                config.sandbox_level,
+                *config.preload,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=2,  # standard output is the command's own
                 pass_fds=[theirs.fileno()],
@@ -112,4 +113,4 @@ class LocalPool(BatchingPool):
     """`BatchingPool` on child processes, one per core unless `ray.actors` says otherwise."""
 
     def __init__(self, config: VerifierConfig) -> None:
-        super().__init__(config, config.ray.actors or os.cpu_count() or 1, partial(_Child.start, config.sandbox_level))
+        super().__init__(config, config.ray.actors or os.cpu_count() or 1, partial(_Child.start, config))

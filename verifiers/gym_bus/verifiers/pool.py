@@ -45,9 +45,9 @@ PREFIX = "gymray-"
 class _Actor:
     """The actor's class; made remote when Ray is up."""
 
-    def __init__(self, sandbox_level: str, offers: Offers) -> None:
+    def __init__(self, sandbox_level: str, preload: tuple[str, ...], offers: Offers) -> None:
         take_over(offers)
-        self._runner = VerifierRunner(sandbox_level)
+        self._runner = VerifierRunner(sandbox_level, preload)
 
     def pid(self) -> int:
         return os.getpid()
@@ -128,7 +128,7 @@ class _Cluster:
                 max_restarts=0,  # a lost actor is replaced by the pool, which knows what was in it
                 max_concurrency=1,
             )
-        return self._class.remote(config.sandbox_level, offered())
+        return self._class.remote(config.sandbox_level, config.preload, offered())
 
     def room(self) -> str:
         """What there is for actors, and what of it is free."""

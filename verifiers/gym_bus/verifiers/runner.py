@@ -6,6 +6,7 @@ import asyncio
 import mmap
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,8 +119,8 @@ def _rss_bytes() -> int:
 class VerifierRunner:
     """Verifiers kept warm, and a sandbox slot for those that need one."""
 
-    def __init__(self, sandbox_level: str = "namespaces") -> None:
-        self._level = sandbox_level
+    def __init__(self, sandbox_level: str = "namespaces", preload: Sequence[str] = ()) -> None:
+        self._level, self._preload = sandbox_level, tuple(preload)
         self._verifiers: OrderedDict[tuple[str, bytes], AnyVerifier] = OrderedDict()
         self._slots: dict[tuple[str, str], Any] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -166,7 +167,10 @@ class VerifierRunner:
             from gym_bus.sandbox.slot import Slot
 
             self._slots[key] = await Slot.start(
-                f"{zygote.PRELOAD} {preload}", modules=SANDBOX_MODULES, names=names, least=Level(self._level)
+                " ".join((zygote.PRELOAD, preload, *self._preload)),
+                modules=SANDBOX_MODULES,
+                names=names,
+                least=Level(self._level),
             )
         return self._slots[key]
 

@@ -110,7 +110,7 @@ async def require_sandbox(config: VerifierConfig) -> str:
 
     Raises:
         SandboxRefused: this machine does not give the level; the message says what would mend it.
-        UsageError: `verifier.names` has an unknown name.
+        UsageError: `verifier.names` has an unknown name, or `verifier.preload` a module that is not installed.
     """
     levels = {
         demanded_level(made, config.sandbox_level) for made in _served(config) if made.placement is Placement.SANDBOXED
@@ -119,8 +119,10 @@ async def require_sandbox(config: VerifierConfig) -> str:
         return ""
     from gym_bus.sandbox.protections import summary
     from gym_bus.sandbox.slot import Slot
+    from gym_bus.sandbox.zygote import PRELOAD
 
-    slot = await Slot.start(least=min(levels, key=list(Level).index))
+    preload = " ".join((PRELOAD, *config.preload))
+    slot = await Slot.start(preload, least=min(levels, key=list(Level).index))
     await slot.close()
     return summary(slot.level, slot.protections())
 

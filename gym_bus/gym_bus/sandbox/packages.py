@@ -1,0 +1,69 @@
+"""Installed packages that programs may import: the files that each is made of, and what it requires."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from gym_bus.errors import UsageError
+
+Distributions = dict[str, importlib.metadata.Distribution]
+
+
+class Packages(NamedTuple):
+    """What a zygote needs to import them, and its programs to use them."""
+
+    modules: tuple[str, ...]
+    """To be imported before any program."""
+    folders: Mapping[str, Sequence[str]]
+    """Entries of `sys.path`, and what programs may read of each: names of files and folders."""
+
+
+@lru_cache(maxsize=64)
+def find(preload: str) -> Packages:
+    """The packages of those modules in `preload`, separated by spaces, that are not of the standard library.
+
+    Raises:
+        UsageError: no installed package has such a module.
+    """
+    modules = tuple(name for name in preload.split() if name.partition(".")[0] not in sys.stdlib_module_names)
+    if not modules:
+        return Packages((), {})
+    taken: Distributions = {}
+    owners = importlib.metadata.packages_distributions()
+    for module in modules:
+        name = module.partition(".")[0]
+        if name not in owners:
+            raise UsageError(f"preload: no installed package has a module {name!r}: install it beside gym_bus")
+        for owner in owners[name]:
+            _take(owner, taken)
+    folders: dict[str, set[str]] = {}
+    for distribution in taken.values():
+        folders.setdefault(str(distribution.locate_file("")), set()).update(_entries(distribution))
+    return Packages(modules, {folder: sorted(names) for folder, names in sorted(folders.items())})
+
+
+def _take(name: str, taken: Distributions) -> None:
+    """Add a distribution and what it requires, as far as that is installed."""
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if taken.setdefault(distribution.name, distribution) is not distribution:
+        return
+    from packaging.requirements import Requirement  # takes as long to import as a sandbox to start
+
+    for text in distribution.requires or ():
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            _take(requirement.name, taken)
+
+
+def _entries(distribution: importlib.metadata.Distribution) -> Iterator[str]:
+    """The files and folders at the top of a distribution's folder; scripts and the like lie elsewhere."""
+    for first in {file.parts[0] for file in distribution.files or ()}:
+        if first not in ("..", "__pycache__") and not first.endswith(".pth"):
+            yield first

@@ -1,0 +1,131 @@
+"""Installed packages that programs may import: those that were asked for, with what they require, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+from gym_bus.agents.python_tool import PythonTool
+from gym_bus.errors import SandboxError, UsageError
+from gym_bus.messages import RolloutId
+from gym_bus.sandbox import packages
+from gym_bus.sandbox.api import Ended, Limits, Program
+from gym_bus.sandbox.slot import Slot
+from gym_bus.sandbox.zygote import PRELOAD
+from gym_bus.settings import VerifierConfig
+from gym_bus.verifiers.service import VerifierService, require_sandbox
+
+session_loop = pytest.mark.asyncio(loop_scope="module")
+NUMPY = "numpy numpy.random"
+SMALL = Limits(wall_s=10, cpu_s=5, memory_bytes=64 * 2**20)
+SUMS = "```python\nimport numpy as np\nprint(int(np.arange(int(input())).sum()))\n```"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def numeric() -> AsyncIterator[Slot]:
+    try:
+        made = await Slot.start(f"{PRELOAD} {NUMPY}")
+    except SandboxError as e:
+        pytest.skip(f"no sandbox on this machine: {e}")
+    yield made
+    await made.close()
+
+
+async def printed(slot: Slot, source: str, limits: Limits = SMALL) -> str:
+    outcome = await slot.run(Program(source=source.encode()), limits=limits)
+    assert outcome.ended is Ended.FINISHED, outcome.stderr
+    return (outcome.stdout or outcome.stderr.strip().rpartition(b"\n")[2]).decode().strip()
+
+
+@session_loop
+async def test_programs_find_a_preloaded_package_imported_and_its_lazy_parts_readable(numeric: Slot) -> None:
+    assert await printed(numeric, "import sys; print('numpy' in sys.modules)") == "True"
+    assert await printed(numeric, "import numpy as np; print(np.linalg.inv(2 * np.eye(2))[0, 0])") == "0.5"
+    assert await printed(numeric, "import numpy.polynomial as p; print(p.Polynomial([1, 2])(3))") == "7.0"
+
+
+@session_loop
+async def test_other_packages_of_the_worker_are_not_there(numeric: Slot) -> None:
+    assert metadata.version("msgspec")
+    assert await printed(numeric, "import msgspec") == "ModuleNotFoundError: No module named 'msgspec'"
+    listed = await printed(numeric, "import os, numpy; print(os.listdir(os.path.dirname(numpy.__path__[0])))")
+    assert "numpy" in listed
+    assert "msgspec" not in listed
+    folder = Path(msgspec.__file__).parents[1]
+    assert "No such file" in await printed(numeric, f"import os; os.listdir({str(folder)!r})")
+
+
+@session_loop
+async def test_a_package_cannot_be_changed_by_a_program(numeric: Slot) -> None:
+    assert await printed(numeric, "import numpy, os; print(os.access(numpy.__file__, os.W_OK))") == "False"
+    await printed(numeric, "import numpy; numpy.sum = None; print(1)")
+    assert await printed(numeric, "import numpy; print(numpy.sum([1, 2]))") == "3"
+
+
+@session_loop
+async def test_each_program_draws_random_numbers_of_its_own(numeric: Slot) -> None:
+    draw = "import numpy; print(numpy.random.rand())"
+    assert await printed(numeric, draw) != await printed(numeric, draw)
+
+
+@session_loop
+async def test_what_the_package_takes_itself_is_not_taken_from_programs(numeric: Slot) -> None:
+    assert await printed(numeric, f"print(len(bytearray({58 * 2**20})))") == str(58 * 2**20)
+    greedy = Program(source=b"x = []\nwhile True: x.append(bytearray(2**20))")
+    assert (await numeric.run(greedy, limits=SMALL)).ended is Ended.MEMORY
+
+
+def test_what_a_package_requires_comes_with_it() -> None:
+    found = packages.find("json pandas")
+    assert found.modules == ("pandas",)
+    names = {name for names in found.folders.values() for name in names}
+    assert {"pandas", "numpy", "dateutil"} <= names
+    assert names.isdisjoint({"..", "bin", "msgspec"})
+
+
+async def test_a_module_that_is_not_installed_is_named() -> None:
+    with pytest.raises(UsageError, match="no installed package has a module 'nunpy'"):
+        await Slot.start("nunpy")
+    with pytest.raises(UsageError, match="no installed package has a module 'nunpy'"):
+        await require_sandbox(VerifierConfig(names=("code_gen",), preload=("nunpy",)))
+
+
+async def test_a_package_that_cannot_be_imported_keeps_the_slot_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_package.py").write_text("1 / 0")
+    info = tmp_path / "broken_package-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-package\nVersion: 1\n")
+    (info / "RECORD").write_text("broken_package.py,,\nbroken_package-1.dist-info/METADATA,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SandboxError, match="package broken_package: ZeroDivisionError: division by zero"):
+        await Slot.start("broken_package")
+
+
+async def test_solutions_import_the_packages_of_the_workers_setting() -> None:
+    row = msgspec.json.encode({"verifier_metadata": {"unit_tests": {"inputs": ["4"], "outputs": ["6"]}}})
+    content = [{"type": "output_text", "text": SUMS}]
+    answer = msgspec.json.encode({"output": [{"type": "message", "role": "assistant", "content": content}]})
+    rewards = []
+    for preload in ((), ("numpy",)):
+        service = VerifierService(VerifierConfig(executor="local", preload=preload))
+        rewards.append((await service.verify("code_gen", b"{}", row, answer)).reward)
+        await service.close()
+    assert rewards == [0.0, 1.0]
+
+
+async def test_a_python_tool_gives_its_sessions_packages() -> None:
+    class Numeric(PythonTool):
+        preload = NUMPY
+
+    tool = Numeric({}, RolloutId("job", 0, 0))
+    try:
+        assert await tool.call("python", {"code": "import numpy as np\nnp.arange(4).sum().item()"}) == "6"
+    finally:
+        await tool.close()
