@@ -14,6 +14,20 @@ _SECRET_KEY = re.compile(r"(^|[_-])(api[_-]?key|key|token|password|passwd|secret
 _PUBLIC_VARIABLE = re.compile(r"(_|^)(url|uri|endpoint|name|model|organization|prefix|collection|dir|host|port)$")
 _PASSWORD_IN_ADDRESS = re.compile(r"(://[^/@\s:]*:)[^/@\s]+@")
 
+_CREDENTIALS = re.compile(r"(?:(?<=://)|^)(?!(?:[\w.-]+|\[[\w:.]+\])(?::\d+)?/)((?:(?!://).)*)@")
+"""All up to the last `@`: what is not escaped, as it should be, is a secret, too. Behind a plain host it is a path."""
+
+
+def split_credentials(address: str) -> tuple[str, str]:
+    """The address without user and password, and what was taken out of it: `user:password`, or nothing."""
+    found = _CREDENTIALS.search(address)
+    return (address[: found.start()] + address[found.end() :], found[1]) if found else (address, "")
+
+
+def redact(addresses: str) -> str:
+    """The address, or several with commas, without user and password."""
+    return _CREDENTIALS.sub("", addresses)
+
 
 def is_secret_key(key: str) -> bool:
     """Whether what stands under a key of this name is secret."""

@@ -29,7 +29,7 @@ server_name: "{name}"
 max_payload: 8MB
 max_pending: 128MB
 jetstream {{
-    store_dir: "{store}"
+    store_dir: "."
     max_mem: 1G
     max_file: {max_file}
     sync_interval: "{sync}"
@@ -115,16 +115,14 @@ class EmbeddedServer:
         """
         self._take_store()
         self.port = self.port or free_port()
-        (self._store / "server.conf").write_text(
-            _CONFIG.format(
-                name=self._name,
-                port=self.port,
-                store=self._store,
-                max_file=self._config.max_file_bytes,
-                sync=self._config.sync_interval,
-            )
+        settings = _CONFIG.format(
+            name=self._name, port=self.port, max_file=self._config.max_file_bytes, sync=self._config.sync_interval
         )
-        await self._launch()
+        try:
+            (self._store / "server.conf").write_text(settings)
+            await self._launch()
+        except OSError as e:
+            raise UsageError(f"{self._store}: nats-server cannot be started there: {e.strerror or e}") from None
         self._supervisor = asyncio.create_task(self._supervise(), name="nats-server supervisor")
         self._disk_watch = asyncio.create_task(self._watch_disk(), name="nats-server disk watch")
 
@@ -146,6 +144,7 @@ class EmbeddedServer:
                 self._binary,
                 "-c",
                 str(self._store / "server.conf"),
+                cwd=self._store,  # its streams lie in the folder that it runs in: a path needs no quoting then
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -185,7 +184,7 @@ class EmbeddedServer:
             await asyncio.sleep(RESTART_WAIT_S)
             try:
                 await self._launch()
-            except BusError as e:
+            except (BusError, OSError) as e:
                 log.error("nats_server_restart_failed", error=str(e))
                 await asyncio.sleep(1.0)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gym_bus.masking import MASK, Masking
+from gym_bus.masking import MASK, Masking, redact, split_credentials
 
 NONE = Masking({})
 
@@ -40,3 +40,25 @@ def test_a_short_variable_is_masked_only_where_it_stands_alone() -> None:
 
 def test_the_password_in_an_address_is_masked_in_lists_too() -> None:
     assert NONE.shown(["bus", "urls"], ["nats://me:pw@h:1", 3]) == [f"nats://me:{MASK}@h:1", 3]
+
+
+@pytest.mark.parametrize(
+    ("address", "redacted"),
+    [
+        ("http://h:8000/v1", "http://h:8000/v1"),
+        ("http://me:pw@h:8000/v1", "http://h:8000/v1"),
+        ("http://token@h/v1", "http://h/v1"),
+        ("http://me:p@w,/:?#@[::1]:80/v1", "http://[::1]:80/v1"),
+        ("me:pw@h/v1", "h/v1"),
+        ("http://h:8000/v1/@org/model", "http://h:8000/v1/@org/model"),
+        ("http://[::1]:80/@org", "http://[::1]:80/@org"),
+        ("nats://me:pw@a:1, nats://b,tls://me:pw@c", "nats://a:1, nats://b,tls://c"),
+    ],
+)
+def test_an_address_is_shown_without_user_and_password(address: str, redacted: str) -> None:
+    assert redact(address) == redacted
+
+
+def test_user_and_password_are_what_is_missing_of_the_address() -> None:
+    assert split_credentials("http://me:p@w@h/v1") == ("http://h/v1", "me:p@w")
+    assert split_credentials("http://h/v1") == ("http://h/v1", "")

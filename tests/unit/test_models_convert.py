@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from typing import Any
 
@@ -156,6 +157,65 @@ def test_tool_calls_become_items_in_order_with_their_arguments_as_written() -> N
     assert len({item["id"] for item in response["output"]}) == 3
 
 
+@pytest.mark.parametrize(
+    ("content", "text", "thought"),
+    [
+        ([{"type": "text", "text": "Fo"}, {"type": "text", "text": "ur."}], "Four.", None),
+        (["Fo", {"text": "ur."}], "Four.", None),
+        (
+            [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "2"}, {"type": "text", "text": "+2"}]},
+                {"type": "text", "text": "Four."},
+                {"type": "reference", "reference_ids": [1]},
+            ],
+            "Four.",
+            "2+2",
+        ),
+        ([{"type": "reasoning", "text": "2+"}, {"type": "thinking", "thinking": "2"}, "Four."], "Four.", "2+2"),
+        ([{"type": "reasoning", "reasoning": [7, None, {"text": None}]}, {"type": "text", "text": 4}], "", None),
+        ([], "", None),
+    ],
+)
+def test_parts_of_an_answer_are_its_text_and_its_reasoning(content: list[Any], text: str, thought: str | None) -> None:
+    response = converted({"content": content})
+
+    assert response["output"][-1]["content"][0]["text"] == text
+    assert [item["summary"][0]["text"] for item in response["output"][:-1]] == ([thought] if thought else [])
+
+
+@pytest.mark.parametrize("content", [[1], [None], {"text": "x"}, 4, True])
+def test_what_is_neither_text_nor_parts_is_no_answer(content: Any) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        converted({"content": content})
+
+
+def test_arguments_sent_as_an_object_become_its_text() -> None:
+    function = {"name": "add", "arguments": {"a": 1.50, "b": ["é", None]}}
+
+    response = converted({"tool_calls": [{"function": function, "id": 7}, {"function": {**function, "arguments": {}}}]})
+
+    calls = [(item["call_id"], item["arguments"]) for item in response["output"]]
+    assert calls == [("7", '{"a":1.5,"b":["é",null]}'), ("call_c_1", "{}")]
+
+
+@pytest.mark.parametrize(
+    ("given", "made"), [(17, "resp_17"), (1.5, "resp_1.5"), (None, "resp_chat"), ("", "resp_chat")]
+)
+def test_an_id_may_be_a_number_or_missing(given: Any, made: str) -> None:
+    assert converted({"content": "x"}, id=given)["id"] == made
+
+
+@pytest.mark.parametrize("created", ["1700000000", "2023-11-14T22:13:20Z", None, [7], {"s": 7}, -1, 0, 1e300, 10**30])
+def test_a_time_that_is_none_is_the_time_of_its_arrival(created: Any) -> None:
+    before = int(time.time())
+
+    assert before <= converted({"content": "x"}, created=created)["created_at"] <= time.time()
+
+
+def test_a_time_may_have_a_fraction() -> None:
+    assert converted({"content": "x"}, created=1700000000.7)["created_at"] == 1700000000
+
+
 def test_words_beside_tool_calls_come_first() -> None:
     assert kinds(converted({"content": "Let me see.", "tool_calls": [CALL]})) == ["message", "function_call"]
 
@@ -245,6 +305,8 @@ async def test_without_token_ids_there_is_no_call_to_train_on(logprobs: dict[str
         ("responses", {"generation_token_ids": [1, 2]}, "0 log-probabilities for 2 tokens"),
         ("responses", {"generation_token_ids": [-1], "generation_log_probs": [-1.0]}, "negative value"),
         ("responses", {"generation_token_ids": "1"}, "Expected `array"),
+        ("responses", {"generation_token_ids": [1], "generation_log_probs": [-1e39]}, "too large for its type"),
+        ("chat", {"token_ids": [1], "logprobs": {"content": [{"logprob": 1e39}]}}, "too large for its type"),
     ],
 )
 async def test_tokens_that_do_not_fit_their_log_probabilities_are_an_error(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 import pytest
@@ -24,8 +26,9 @@ from gym_bus.errors import (
     TaskError,
     UsageError,
 )
-from gym_bus.messages import RolloutId
+from gym_bus.messages import RolloutId, Usage
 from gym_bus.models.api import CallInfo, Reply
+from gym_bus.models.gate import Gate, endpoint_key
 from gym_bus.models.registry import Models
 from gym_bus.models.serve import make_app, serve
 from gym_bus.models.simulated import SimulatedModel
@@ -64,11 +67,13 @@ def says(value: Any, status: int = 200, **headers: str) -> Answer:
 
 
 @asynccontextmanager
-async def asking(endpoint: Endpoint, **config: Any) -> AsyncIterator[Callable[..., Awaitable[Reply]]]:
+async def asking(
+    endpoint: Endpoint, credentials: str = "", **config: Any
+) -> AsyncIterator[Callable[..., Awaitable[Reply]]]:
     app = web.Application()
     app.router.add_post("/v1/{tail:.*}", endpoint.answer)
     runner, port = await serve(app, "127.0.0.1", 0)
-    settings = {"retry": RETRY, "api_key": KEY, "base_url": f"http://127.0.0.1:{port}/v1", **config}
+    settings = {"retry": RETRY, "api_key": KEY, "base_url": f"http://{credentials}127.0.0.1:{port}/v1", **config}
     models = Models({"m": ModelConfig(**settings)})
 
     async def ask(params: dict[str, Any] | None = None, info: CallInfo = INFO) -> Reply:
@@ -135,13 +140,126 @@ async def test_every_status_has_its_class_and_the_endpoints_own_words(
     assert KEY not in str(e.value)
 
 
-async def test_a_context_that_is_too_long_is_told_apart() -> None:
-    error = {"error": {"message": "This model's maximum context length is 4096 tokens"}}
-    endpoint = Endpoint(says(error, 400))
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, {"message": "This model's maximum context length is 4096 tokens"}),
+        (400, {"message": "The input (9000 tokens) is longer than the model's context length (8192 tokens)."}),
+        (400, {"message": "The decoder prompt (length 9) is longer than the maximum model length of 8."}),
+        (400, {"message": "the request exceeds the available context size", "type": "exceed_context_size_error"}),
+        (400, {"message": "Your input exceeds the limit", "code": "context_length_exceeded"}),
+        (400, {"message": "The input token count (9) exceeds the maximum number of tokens allowed (8)."}),
+        (400, {"message": "Input is too long for requested model."}),
+        (413, {"message": "prompt is too long: 9 tokens > 8 maximum"}),
+        (422, {"message": "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000 `inputs` tokens"}),
+    ],
+)
+async def test_a_context_that_is_too_long_is_told_apart(status: int, error: dict[str, str]) -> None:
+    endpoint = Endpoint(says({"error": error}, status))
     async with asking(endpoint) as ask:
         with pytest.raises(ContextTooLong):
             await ask()
     assert len(endpoint.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        says(b"x" * 490 + KEY.encode()),
+        says("😀" * 1995 + KEY, 500),
+        says({"error": {"message": KEY, "type": KEY}}, 401),
+        says(b"", 307, Location=f"http://elsewhere/?key={KEY}"),
+        says(b"{}", **{"Content-Encoding": KEY, "Content-Type": KEY}),
+        says({"error": {"message": "its header said other-very-secret"}}, 400),
+    ],
+)
+async def test_what_an_endpoint_echoes_of_the_keys_stays_out_of_the_error(answer: Answer) -> None:
+    async with asking(Endpoint(answer), headers={"api-key": "Bearer other-very-secret"}) as ask:
+        with pytest.raises(ModelError) as error:
+            await ask()
+    assert KEY[:8] not in str(error.value)
+    assert "other-very" not in str(error.value)
+
+
+PASSWORD = "p@ss/w,rd"
+
+
+@pytest.mark.parametrize("written", [PASSWORD, quote(PASSWORD, safe="")])
+async def test_user_and_password_of_the_address_are_sent_and_not_told(written: str) -> None:
+    async def parrot(request: web.Request) -> web.StreamResponse:
+        scheme, _, sent = request.headers["Authorization"].partition(" ")
+        told = f"{scheme} {sent} is {b64decode(sent).decode()}, written me:{written}"
+        return await says({"error": {"message": told}}, 401)(request)
+
+    endpoint = Endpoint(parrot)
+    async with asking(endpoint, credentials=f"me:{written}@", api_key="") as ask:
+        with pytest.raises(
+            RequestRefused, match=r"http://127[^@]*/v1/responses: Basic \*\*\* is me:\*\*\*, written me:\*\*\* "
+        ):
+            await ask()
+    assert endpoint.asked[0].headers["Authorization"] == f"Basic {b64encode(b'me:' + PASSWORD.encode()).decode()}"
+
+
+async def test_a_key_goes_before_user_and_password_of_the_address() -> None:
+    endpoint = Endpoint(says(GOOD))
+    async with asking(endpoint, credentials="me:hush@") as ask:
+        await ask()
+    assert endpoint.asked[0].headers["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("address", ["http://{}127.0.0.1:1/v1", "http://{}no-such-host.invalid", "{}h/v1", "http://{}"])
+async def test_an_address_that_does_not_serve_is_named_without_user_and_password(address: str) -> None:
+    async with asking(Endpoint(says(GOOD)), base_url=address.format("me:hush@")) as ask:
+        with pytest.raises(ModelError) as error:
+            await ask()
+    assert address.format("") in str(error.value)
+    assert "me:" not in str(error.value) and "hush" not in str(error.value)
+
+
+def test_the_limits_of_an_endpoint_are_kept_and_told_under_its_address_alone() -> None:
+    plain, secret = ModelConfig(base_url="http://h/v1"), ModelConfig(base_url="http://me:hush@h/v1")
+    assert endpoint_key(secret) == endpoint_key(plain)
+    assert Gate("key", secret, lambda gate, within_s: None).address == "http://h/v1"
+
+
+async def test_a_line_that_is_no_http_does_not_bring_the_key_into_the_error() -> None:
+    async def parrot(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.readuntil(b"\r\n\r\n"))
+        writer.write_eof()
+
+    server = await asyncio.start_server(parrot, "127.0.0.1", 0)
+    address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/{KEY}"
+    models = Models({"m": ModelConfig(base_url=address, api_key=KEY, retry=RETRY)})
+    with pytest.raises(ModelError, match="no HTTP") as error:
+        await models.get("m").respond({"input": "hi"}, INFO)
+    await models.close()
+    server.close()
+    assert "POST /***" in str(error.value)
+
+
+NONSENSE = ("many", [1], -1, 10**25, 2**63, 7.5, None)
+
+
+@pytest.mark.parametrize("count", NONSENSE)
+@pytest.mark.parametrize("api", ["responses", "chat"])
+async def test_a_usage_that_says_nothing_costs_nobody_the_answer(count: Any, api: str) -> None:
+    usage = {"input_tokens": count, "prompt_tokens": count, "output_tokens": 3, "completion_tokens": 3}
+    answer = {**GOOD, "choices": [{"message": {"content": "x"}}]}
+    async with asking(Endpoint(says({**answer, "usage": usage}), says({**answer, "usage": count})), api=api) as ask:
+        replies = [await ask(), await ask()]
+    assert [(reply.tries, reply.usage) for reply in replies] == [(1, Usage()), (1, Usage())]
+    assert [msgspec.json.decode(reply.body)["usage"] for reply in replies] == [None, None]
+
+
+@pytest.mark.parametrize("api", ["responses", "chat"])
+async def test_half_of_a_surrogate_pair_costs_nobody_the_answer(api: str) -> None:
+    text = rb"cut \ud83d and \uDE00, whole \ud83d\ude00, none \\ud83d"
+    said = b'{"output": [{"type": "message", "content": "%b"}], "choices": [{"message": {"content": "%b"}}]}'
+    async with asking(Endpoint(says(said % (text, text))), api=api) as ask:
+        answer = await ask()
+    content = msgspec.json.decode(answer.body)["output"][0]["content"]
+    read = content if api == "responses" else content[0]["text"]
+    assert read == "cut \ufffd and \ufffd, whole 😀, none \\ud83d"
 
 
 @pytest.mark.parametrize("retry_after", ["0.01", "Wed, 21 Oct 2015 07:28:00 GMT", "soon", ""])
@@ -186,6 +304,7 @@ async def test_a_refused_request_is_not_repeated() -> None:
         b'{"output": ["A"], "choices": [{"text": "A"}]}',
         b'{"output": [], "status": "queued", "choices": []}',
         b'{"id": "x"}',
+        b'{"output": [], "model": 7, "choices": []}',
         b'{"output": [',
         b"[]",
         b"\xff\xfe",

@@ -42,12 +42,12 @@ def chunk(text: str) -> bytes:
 
 
 @asynccontextmanager
-async def client_of(answer: Answer, **config: Any) -> AsyncIterator[tuple[AsyncOpenAI, Models]]:
+async def client_of(answer: Answer, credentials: str = "", **config: Any) -> AsyncIterator[tuple[AsyncOpenAI, Models]]:
     """The client of a server that always answers so."""
     app = web.Application()
     app.router.add_route("*", "/v1/{tail:.*}", answer)
     runner, port = await serve(app, "127.0.0.1", 0)
-    settings: dict[str, Any] = {"base_url": f"http://127.0.0.1:{port}/v1", "api_key": KEY, **config}
+    settings: dict[str, Any] = {"base_url": f"http://{credentials}127.0.0.1:{port}/v1", "api_key": KEY, **config}
     models = Models({"m": ModelConfig(**settings)})
     try:
         yield models.client("m"), models
@@ -89,6 +89,19 @@ async def test_a_model_without_a_key_gets_a_client_all_the_same() -> None:
     async with client_of(answer, api_key="") as (client, _):
         made = await client.chat.completions.create(model="m", messages=ASK)
     assert made.id == "Bearer none-for-m"
+
+
+async def test_user_and_password_of_the_address_are_sent() -> None:
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request.headers["Authorization"])
+        return web.json_response(CHAT)
+
+    async with client_of(answer, api_key="", credentials="me:p%40ss@") as (client, _):
+        await chat(client)
+
+    assert asked == ["Basic bWU6cEBzcw=="]
 
 
 async def test_a_compressed_reply_is_read() -> None:
@@ -317,3 +330,16 @@ async def test_a_call_that_drips_for_ever_ends_at_its_limit() -> None:
     async with client_of(drip, call_limit_s=0.3) as (client, _):
         with pytest.raises(openai.APITimeoutError):
             await chat(client)
+
+
+async def test_a_reply_larger_than_any_answer_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gym_bus.models.openai_client.MAX_REPLY_BYTES", 1000)
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({**CHAT, "x": "y" * 1000})
+
+    async with client_of(answer) as (client, _):
+        with pytest.raises(openai.APIConnectionError) as error:
+            await chat(client)
+
+    assert "larger than" in str(error.value.__cause__)

@@ -25,6 +25,7 @@ from gym_bus.bus.tries import Tries
 from gym_bus.deadline import within
 from gym_bus.errors import BusError, UsageError
 from gym_bus.logs import get_logger
+from gym_bus.masking import redact
 from gym_bus.messages import Attempt, Failed, Message, Request, Result, encode
 from gym_bus.settings import BusConfig, MiB
 
@@ -221,12 +222,6 @@ def _remedy(error: Exception) -> str:
             "the streams reserve their max_bytes: lower bus.{requests,attempts,results}.max_bytes, or give it more disk"
         )
     return "gym_bus needs nats-server 2.11 or newer with JetStream enabled (`nats-server -js`)"
-
-
-def redact(url: str) -> str:
-    """The address, or several with commas, without user and password."""
-    parts = (server.rpartition("://") for server in url.split(","))
-    return ",".join(f"{scheme}{separator}{rest.rpartition('@')[2]}" for scheme, separator, rest in parts)
 
 
 def as_result(message: Message) -> Result:

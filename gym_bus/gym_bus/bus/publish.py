@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import random
 import time
-from collections import deque
 
 import msgspec
 import nats.errors
 from nats.aio.msg import Msg
 
+from gym_bus.admission import Admission
 from gym_bus.bus.asking import trouble
 from gym_bus.bus.client import Client
 from gym_bus.errors import BusError, PayloadTooLarge
@@ -44,45 +44,6 @@ class Refused(BusError):
     """The broker does not take this message, and would not take it later either."""
 
     retryable = False
-
-
-class Admission:
-    """A gate bounded in count and bytes; waiters pass in the order they came."""
-
-    def __init__(self, count: int, size_bytes: int) -> None:
-        self._count, self._bytes = count, size_bytes
-        self._max_bytes = size_bytes
-        self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    def _fits(self, size: int) -> bool:
-        # A body larger than the whole bound passes alone.
-        return self._count > 0 and (size <= self._bytes or self._bytes == self._max_bytes)
-
-    async def enter(self, size: int) -> None:
-        """Wait for a place for `size` bytes."""
-        if self._waiters or not self._fits(size):
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.append((size, waiter))
-            try:
-                await waiter  # the places were taken for us by `leave`
-            except asyncio.CancelledError:
-                if waiter.done() and not waiter.cancelled():
-                    self.leave(size)
-                raise
-            return
-        self._count -= 1
-        self._bytes -= size
-
-    def leave(self, size: int) -> None:
-        """Give a place back."""
-        self._count += 1
-        self._bytes += size
-        while self._waiters and (self._waiters[0][1].done() or self._fits(self._waiters[0][0])):
-            waiting, waiter = self._waiters.popleft()
-            if not waiter.done():
-                self._count -= 1
-                self._bytes -= waiting
-                waiter.set_result(None)
 
 
 class _Unacked:

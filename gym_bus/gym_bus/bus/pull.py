@@ -390,7 +390,8 @@ class Pull:
     async def _recover(self) -> None:
         await asyncio.sleep(random.uniform(0.2, 0.5))
         if self._on_lost:
-            await self._on_lost()
+            with contextlib.suppress(BusError):  # asking again tells whether it is there
+                await self._on_lost()
         self.reset()
 
     async def _watch(self) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from gym_bus.cli import common
 from gym_bus.config import Config
 from gym_bus.errors import UsageError, did_you_mean
+from gym_bus.masking import redact
 
 Row = dict[str, Any]
 
@@ -136,7 +137,7 @@ def _environments(config: Config, search_dirs: Iterable[Path]) -> list[Row]:
 def _models(config: Config, search_dirs: Iterable[Path]) -> list[Row]:
     del search_dirs
     return [
-        {"name": name, "kind": model.kind, "api": model.api, "endpoint": model.base_url or model.file or ""}
+        {"name": name, "kind": model.kind, "api": model.api, "endpoint": redact(model.base_url) or model.file or ""}
         for name, model in sorted(config.models.items())
     ]
 

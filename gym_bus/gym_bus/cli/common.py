@@ -18,6 +18,7 @@ from rich.table import Table
 from gym_bus.config import ENV_FILE, Config, Layer, ModelConfig, Resolved, override_layers, resolve
 from gym_bus.errors import ConfigError, UsageError, did_you_mean
 from gym_bus.logs import configure_logs
+from gym_bus.masking import redact
 from gym_bus.origins import Origins
 from gym_bus.registry import Registry
 
@@ -194,7 +195,7 @@ def replay_layer(file: Path) -> Layer:
 def check_model(name: str, model: ModelConfig) -> None:
     """Raise what is wrong with a model before a job is started with it."""
     if model.kind == "openai" and not model.base_url.startswith(("http://", "https://")):
-        raise UsageError(f"model {name!r}: base_url must be http(s)://host/v1, not {model.base_url!r}")
+        raise UsageError(f"model {name!r}: base_url must be http(s)://host/v1, not {redact(model.base_url)!r}")
     if model.kind == "replay":
         if not model.file:
             raise UsageError(f"model {name!r}: a replay model needs `file`, the JSONL file of recorded answers")
@@ -250,7 +251,7 @@ async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))  # bytes: UTF-8 whatever the locale
 
 
 def table(title: str, *columns: str) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -63,8 +65,26 @@ def cli() -> None:
     """Rollouts of language-model agents and their rewards, over a bus."""
 
 
+def hold_standard_streams() -> None:
+    """Have the three standard streams there, and no character that they cannot show.
+
+    Where one was closed by whoever started us, its number would go to the next file or pipe that is opened.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Run the command line; exit 0 done, 1 failures present, 2 wrong usage or nothing could be run."""
+    hold_standard_streams()
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as e:
@@ -72,6 +92,10 @@ def main() -> None:
         code = USAGE
     except GymBusError as e:
         click.echo(f"error: {e}", err=True)
+        code = USAGE
+    except OSError as e:  # what nobody on the way knew better about: a full disk, standard output that takes no more
+        where = f"{e.filename}: " if e.filename else ""
+        click.echo(f"error: {where}{e.strerror or e}", err=True)
         code = USAGE
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; the same command resumes where it stopped", err=True)

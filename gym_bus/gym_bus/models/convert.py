@@ -29,6 +29,8 @@ _PASSED_ON = (
     "safety_identifier",
 )
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+_REASONING = ("thinking", "reasoning")
+"""Types of content parts."""
 _THINK = re.compile(r"^\s*<think>(.*?)</think>", re.DOTALL)
 
 
@@ -157,13 +159,13 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
 
 def response_object(chat: WireChat, choice: ChatChoice, params: Mapping[str, Any], *, split_think: bool) -> bytes:
     """The Responses object that says what the first choice of a chat reply says."""
-    ident = chat.id or "chat"
+    ident = str(chat.id or "chat")
     reason = _INCOMPLETE.get(choice.finish_reason or "")
-    usage = chat.usage.plain() if chat.usage else None
+    usage = chat.plain_usage()
     made = {
         "id": f"resp_{ident}",
         "object": "response",
-        "created_at": int(chat.created or time.time()),
+        "created_at": _created_at(chat.created),
         "status": "incomplete" if reason else "completed",
         "model": chat.model,
         "output": _output(choice.message or ChatMessage(), ident, split_think=split_think),
@@ -177,9 +179,14 @@ def response_object(chat: WireChat, choice: ChatChoice, params: Mapping[str, Any
     return msgspec.json.encode(made)
 
 
+def _created_at(created: Any) -> int:
+    """Seconds since the epoch; now where the endpoint says nothing that can be."""
+    return int(created if isinstance(created, (int, float)) and 0 < created < 2**53 else time.time())
+
+
 def _output(message: ChatMessage, ident: str, *, split_think: bool) -> list[dict[str, Any]]:
-    text = message.content or ""
-    thought = message.reasoning_content or message.reasoning or ""
+    text, thought = _said(message.content)
+    thought = message.reasoning_content or message.reasoning or thought
     if split_think and not thought and (found := _THINK.match(text)):
         thought, text = found[1], text[found.end() :].lstrip()
     items: list[dict[str, Any]] = []
@@ -195,12 +202,35 @@ def _output(message: ChatMessage, ident: str, *, split_think: bool) -> list[dict
                 "id": f"fc_{ident}_{number}",
                 "type": "function_call",
                 "status": "completed",
-                "call_id": call.id or f"call_{ident}_{number}",
+                "call_id": str(call.id or f"call_{ident}_{number}"),
                 "name": call.function.name,
-                "arguments": call.function.arguments,
+                "arguments": _arguments(call.function.arguments),
             }
         )
     return items
+
+
+def _said(content: str | list[str | dict[str, Any]] | None) -> tuple[str, str]:
+    """The text and the reasoning of a message; parts that are neither are passed over."""
+    if not isinstance(content, list):
+        return content or "", ""
+    text = thought = ""
+    for part in content:
+        if isinstance(part, dict) and part.get("type") in _REASONING:
+            inner = part.get("thinking") or part.get("reasoning") or part.get("text")
+            thought += "".join(map(_text, inner if isinstance(inner, list) else [inner]))
+        else:
+            text += _text(part)
+    return text, thought
+
+
+def _text(part: Any) -> str:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    return text if isinstance(text, str) else ""
+
+
+def _arguments(arguments: str | dict[str, Any] | None) -> str | None:
+    return msgspec.json.encode(arguments).decode() if isinstance(arguments, dict) else arguments
 
 
 def _message(text: str, refusal: str | None, ident: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from gym_bus import activity
 from gym_bus.errors import RateLimited
+from gym_bus.masking import redact
 from gym_bus.models.fleet import Fleet, Partner
 from gym_bus.models.throttle import Backoff, End, Throttle, Ticket
 from gym_bus.settings import ModelConfig
@@ -32,9 +33,10 @@ LONGEST_PAUSE_S = 5.0
 
 def endpoint_key(config: ModelConfig) -> str:
     """Names what a limit is of: one model at one address. Letters, digits and `_-.` only; no secrets."""
-    address = urlsplit(config.base_url)
+    base_url = redact(config.base_url)
+    address = urlsplit(base_url)
     name = re.sub(r"[^A-Za-z0-9-]+", "_", f"{address.hostname}_{address.port or ''}_{config.model}")[:80].strip("_")
-    digest = hashlib.blake2b(f"{config.base_url}|{config.model}".encode(), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(f"{base_url}|{config.model}".encode(), digest_size=6).hexdigest()
     return f"{name}.{digest}"
 
 
@@ -53,7 +55,7 @@ class Gate:
     def __init__(self, key: str, config: ModelConfig, need: Callable[[Gate, float], None]) -> None:
         retry = config.retry
         pauses = Backoff(retry.wait_s, min(retry.max_wait_s, LONGEST_PAUSE_S), retry.max_wait_s)
-        self.key, self.address = key, config.base_url
+        self.key, self.address = key, redact(config.base_url)
         self.throttle = Throttle(pauses, places=0)  # nobody is let in before it has been settled
         self._need = need
         self._waiting: deque[asyncio.Future[Ticket]] = deque()

@@ -8,7 +8,9 @@ import aiohttp
 import httpx2
 from openai import AsyncOpenAI
 
+from gym_bus.models.endpoint import endpoint_of
 from gym_bus.models.gate import REFUSALS, Gate, NoTurn
+from gym_bus.models.reading import MAX_REPLY_BYTES
 from gym_bus.models.throttle import End, Ticket
 from gym_bus.settings import ModelConfig
 
@@ -41,7 +43,11 @@ class _Body(httpx2.AsyncByteStream):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
+            size = 0
             async for chunk in self._reply.content.iter_any():
+                size += len(chunk)
+                if size > MAX_REPLY_BYTES:
+                    raise httpx2.ReadError(f"the reply is larger than {MAX_REPLY_BYTES >> 20} MiB")
                 yield chunk
         except TimeoutError as e:
             raise httpx2.ReadTimeout(str(e) or "the reply stopped") from e
@@ -118,12 +124,16 @@ def make_openai_client(
         session: carries the requests; stays open when the client is closed.
         gate: where its calls wait for their turn; None where they do not.
     """
+    endpoint = endpoint_of(config)
+    headers = {**endpoint.headers}
+    if config.api_key:
+        del headers["Authorization"]  # the client's own, which `with_options` may change
     timeout = httpx2.Timeout(config.call_limit_s, connect=config.connect_limit_s, read=config.read_limit_s)
     return AsyncOpenAI(
-        base_url=config.base_url,
+        base_url=endpoint.address,
         api_key=config.api_key or f"none-for-{name}",
         max_retries=0,
         timeout=timeout,
-        default_headers=config.headers,
+        default_headers=headers,
         http_client=httpx2.AsyncClient(transport=AiohttpTransport(config, session, gate), timeout=timeout),
     )

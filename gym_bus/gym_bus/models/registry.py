@@ -32,6 +32,22 @@ def _keepalive_socket(address: aiohttp.connector.AddrInfoType) -> socket.socket:
     return made
 
 
+class _Connector(aiohttp.TCPConnector):
+    """Gives out no idle connection on which the server has said something since: that would pass for the answer."""
+
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[aiohttp.tracing.Trace],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - its signature
+    ) -> aiohttp.connector.Connection:
+        while True:
+            connection = await super().connect(req, traces, timeout)
+            if connection.protocol is None or not connection.protocol.should_close:
+                return connection
+            connection.close()
+
+
 class Gates(Protocol):
     """Who knows how many calls each endpoint takes."""
 
@@ -109,7 +125,7 @@ class Models:
     def session(self) -> aiohttp.ClientSession:
         """The process's one HTTP session, opened in the running loop on first use."""
         if self._session is None:
-            connector = aiohttp.TCPConnector(
+            connector = _Connector(
                 limit=0,  # the worker bounds what is in flight; a second bound would only hide it
                 limit_per_host=0,
                 ttl_dns_cache=DNS_CACHE_S,

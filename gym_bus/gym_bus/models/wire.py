@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from gym_bus.messages import Usage
 from gym_bus.models.api import IncompleteDetails
+
+Count = Annotated[int, Meta(ge=0, le=2**48)]
+"""Tokens. Larger ones are nonsense, and their sum would not travel."""
 
 
 class TokenDetails(msgspec.Struct, frozen=True):
     """Details of a token count; None where the endpoint does not say."""
 
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
+    cached_tokens: Count | None = None
+    reasoning_tokens: Count | None = None
 
 
 class ResponsesUsage(msgspec.Struct, frozen=True):
     """`usage` of a Responses object."""
 
-    input_tokens: int = 0
-    output_tokens: int = 0
-    total_tokens: int = 0
+    input_tokens: Count = 0
+    output_tokens: Count = 0
+    total_tokens: Count = 0
     input_tokens_details: TokenDetails | None = None
     output_tokens_details: TokenDetails | None = None
 
@@ -37,22 +41,30 @@ class ResponsesUsage(msgspec.Struct, frozen=True):
         )
 
 
+_NO_USAGE = msgspec.Raw(b"null")
+
+
 class WireResponse(msgspec.Struct, frozen=True):
     """A Responses object, or what came in its place."""
 
     output: list[msgspec.Raw] | None = None
-    usage: ResponsesUsage | None = None
+    usage: msgspec.Raw = _NO_USAGE
     incomplete_details: IncompleteDetails | None = None
     error: Any = None
     status: str | None = None
+    model: str | None = None
+
+    def plain_usage(self) -> Usage | None:
+        """None where there is none, or none that can be read."""
+        return _plain(self.usage, responses_usage_decoder)
 
 
 class ChatUsage(msgspec.Struct, frozen=True):
     """`usage` of a Chat Completions object."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    total_tokens: int = 0
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    total_tokens: Count = 0
     prompt_tokens_details: TokenDetails | None = None
     completion_tokens_details: TokenDetails | None = None
 
@@ -69,23 +81,25 @@ class ChatUsage(msgspec.Struct, frozen=True):
 
 
 class ChatFunction(msgspec.Struct, frozen=True):
-    """The function of a tool call; arguments are JSON text, as the model wrote it."""
+    """The function of a tool call."""
 
     name: str | None = ""
-    arguments: str | None = ""
+    arguments: str | dict[str, Any] | None = ""
+    """JSON text, as the model wrote it, or the object that it says."""
 
 
 class ChatToolCall(msgspec.Struct, frozen=True):
     """One tool call of a message."""
 
     function: ChatFunction = ChatFunction()
-    id: str | None = ""
+    id: str | int | float | None = ""
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
     """The assistant's message."""
 
-    content: str | None = None
+    content: str | list[str | dict[str, Any]] | None = None
+    """Text, or parts, some of which may be reasoning, as Mistral's."""
     reasoning_content: str | None = None
     """DeepSeek's and vLLM's name."""
     reasoning: str | None = None
@@ -122,12 +136,16 @@ class WireChat(msgspec.Struct, frozen=True):
     """A Chat Completions object, or what came in its place."""
 
     choices: list[ChatChoice] | None = None
-    usage: ChatUsage | None = None
+    usage: msgspec.Raw = _NO_USAGE
     error: Any = None
-    id: str | None = ""
-    created: float | None = 0.0
+    id: str | int | float | None = ""
+    created: Any = None
     model: str | None = ""
     prompt_token_ids: list[int] | None = None
+
+    def plain_usage(self) -> Usage | None:
+        """None where there is none, or none that can be read."""
+        return _plain(self.usage, chat_usage_decoder)
 
 
 class TokenItem(msgspec.Struct, frozen=True):
@@ -138,6 +156,18 @@ class TokenItem(msgspec.Struct, frozen=True):
     generation_log_probs: list[float] | None = None
 
 
+def _plain(
+    raw: msgspec.Raw, decoder: msgspec.json.Decoder[ResponsesUsage | None] | msgspec.json.Decoder[ChatUsage | None]
+) -> Usage | None:
+    try:
+        found = decoder.decode(raw)
+    except (msgspec.DecodeError, RecursionError):  # it is an account: the answer beside it is still an answer
+        return None
+    return found.plain() if found else None
+
+
+responses_usage_decoder = msgspec.json.Decoder(ResponsesUsage | None)
+chat_usage_decoder = msgspec.json.Decoder(ChatUsage | None)
 response_decoder = msgspec.json.Decoder(WireResponse)
 chat_decoder = msgspec.json.Decoder(WireChat)
 token_item_decoder = msgspec.json.Decoder(TokenItem)
