@@ -143,7 +143,7 @@ class EmbeddedServer:
             self._process = await asyncio.create_subprocess_exec(
                 self._binary,
                 "-c",
-                str(self._store / "server.conf"),
+                str(self._store.absolute() / "server.conf"),
                 cwd=self._store,  # its streams lie in the folder that it runs in: a path needs no quoting then
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,

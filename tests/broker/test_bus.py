@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import subprocess
 import time
@@ -15,7 +16,7 @@ from conftest import NatsServer, until, wait_for_port
 
 from gym_bus import subjects
 from gym_bus.bus import Bus, Delivery, Follower, Pull, asking, pull
-from gym_bus.errors import BodyLost, BusError, FailureKind
+from gym_bus.errors import BodyLost, BusError, FailureKind, UsageError
 from gym_bus.messages import Failed, Failure, Policy, Request, RolloutId, Scored
 from gym_bus.server import find_binary
 from gym_bus.settings import BusConfig, MiB, StreamConfig
@@ -343,11 +344,13 @@ async def test_a_claimed_body_counts_where_its_message_is_held(nats_server: Nats
 
 
 @contextlib.asynccontextmanager
-async def stock_server(folder: Path) -> AsyncIterator[str]:
-    """The address of a nats-server with nothing configured: it takes messages of 1 MB."""
+async def stock_server(folder: Path, more: str = "") -> AsyncIterator[str]:
+    """The address of a nats-server with `more` configured; where nothing is, it takes messages of 1 MB."""
     server = NatsServer(folder)
+    (folder / "more.conf").write_text(more)
     process = subprocess.Popen(  # noqa: ASYNC220
-        [find_binary(), "-js", "-a", "127.0.0.1", "-p", str(server.port), "-sd", str(folder / "js")],
+        [find_binary(), "-c", "more.conf", "-js", "-a", "127.0.0.1", "-p", str(server.port), "-sd", "js"],
+        cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -359,9 +362,13 @@ async def stock_server(folder: Path) -> AsyncIterator[str]:
         process.wait(10)
 
 
-@pytest.mark.parametrize("length", [1024 * 1024 - 200, 1_500_000])
-async def test_a_server_that_takes_less_gets_claims(tmp_path: Path, length: int) -> None:
-    async with stock_server(tmp_path) as url, await Bus.connect(BusConfig(url=url)) as bus:
+@pytest.mark.parametrize(
+    ("more", "length"),
+    [("", 1024 * 1024 - 200), ("", 1_500_000), ("max_payload: 64KB\n", 200_000)],
+    ids=["just below 1 MB", "more than 1 MB", "more than a part of an object"],
+)
+async def test_a_server_that_takes_less_gets_claims(tmp_path: Path, more: str, length: int) -> None:
+    async with stock_server(tmp_path, more) as url, await Bus.connect(BusConfig(url=url)) as bus:
         await bus.init()
         await bus.publish(a_request(row=b"x" * length), "job.0.0#1")
         (delivery,) = await receive(bus, 1)
@@ -405,6 +412,55 @@ async def test_an_unreachable_server_is_named_without_its_password() -> None:
         await Bus.connect(BusConfig(url=url, connect_limit_s=1.0))
     assert "nats://127.0.0.1:1,nats://127.0.0.1:2" in str(e.value)
     assert "secret" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("tls://127.0.0.1:{port}", "the server does not offer TLS"),
+        ("http://me:secret@127.0.0.1:{port}", "http://127.0.0.1:[0-9]+: not the address of a NATS server"),
+    ],
+)
+async def test_an_address_that_does_not_fit_its_server_is_refused(
+    nats_server: NatsServer, address: str, said: str
+) -> None:
+    with pytest.raises((BusError, UsageError), match=said):
+        await Bus.connect(BusConfig(url=address.format(port=nats_server.port), connect_limit_s=0.5))
+
+
+async def test_a_server_that_wants_a_password_says_so(tmp_path: Path) -> None:
+    async with stock_server(tmp_path, "authorization { user: me, password: secret }") as url:
+        with pytest.raises(BusError, match="give user and password in the address"):
+            await Bus.connect(BusConfig(url=url, connect_limit_s=0.5))
+        async with await Bus.connect(BusConfig(url=url.replace("://", "://me:secret@"))) as bus:
+            await bus.init()
+
+
+async def test_a_pull_goes_on_when_streams_that_were_gone_are_there_again(bus: Bus) -> None:
+    got: list[Delivery] = []
+    unheard: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    tries: list[bool] = []
+
+    async def ensure() -> None:
+        subject = subjects.request("batch", "simple", "*")
+        tries.append(False)
+        await bus.consumers.ensure(subjects.REQUESTS, "test", subject, max_ack_pending=10, max_deliver=5)
+        tries[-1] = True
+
+    await ensure()
+    pull = Pull(bus, subjects.REQUESTS, "test", got.append, lambda: 10, on_lost=ensure)
+    await pull.start()
+    await bus.js.delete_stream(subjects.REQUESTS)
+    pull.reset()  # as after a reconnect: the server was away, and has lost its store
+    await until(lambda: tries.count(False) > 1)
+    await bus.init()
+    await until(lambda: tries[-1])
+    await bus.publish(a_request(), "job.0.0#1")
+    await until(lambda: got)
+    await pull.stop()
+    gc.collect()  # tasks report what nobody has heard when they are collected
+    assert not unheard
 
 
 def test_a_failed_result_has_no_reward_by_type() -> None:

@@ -300,6 +300,21 @@ async def test_a_results_worker_replays_a_job_that_it_had_finished(bus: Bus, tmp
     assert sorted(line["gym_bus"]["attempt"] for line in lines_of(files.rollouts)) == [2, 2]
 
 
+async def test_an_order_from_before_anybody_recorded_the_job_is_for_what_had_failed_by_then(
+    bus: Bus, tmp_path: Path
+) -> None:
+    lay_down(tmp_path / "job")
+    await enrol(bus, a_record(shared=True))
+    await bus.publish(failed(0), "job.0.0#1")
+    await bus.publish(scored(1), "job.1.0#1")
+    up_to = (await bus.streams.state(subjects.RESULTS)).last_sequence
+    await bus.state.put(subjects.JOBS, replay_key("job"), ReplayOrder(selection=Selection(up_to=up_to)))
+    async with results_worker(bus, tmp_path):
+        await until(lambda: stored(bus, subjects.REQUESTS, subjects.requests_of("job")))
+    order = await bus.state.get(subjects.JOBS, replay_key("job"), ReplayOrder)
+    assert (order.taken, order.ended) == (1, False)
+
+
 @pytest.mark.slow
 async def test_an_order_outlives_the_results_worker_that_took_it(bus: Bus, tmp_path: Path) -> None:
     files = lay_down(tmp_path / "job")

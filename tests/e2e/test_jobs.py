@@ -229,6 +229,13 @@ def test_an_output_folder_that_cannot_be_written_is_named(cli: Cli, choices: Pat
     assert "cannot be written" in cli.run(*command, code=2).stderr
 
 
+def test_a_run_whose_workers_have_no_place_for_their_logs_says_so(cli: Cli, choices: Path) -> None:
+    (cli.folder / "out").mkdir()
+    (cli.folder / "out" / "logs").write_text("")
+    command = ["eval", "run", str(choices), "--model", "simulated", "--output", "out"]
+    assert "out/logs: a worker cannot be started: File exists" in cli.run(*command, code=2).stderr
+
+
 def test_a_terminated_run_stops_in_order_and_the_same_command_finishes_it(cli: Cli, choices: Path) -> None:
     slow = ["models.simulated.simulated.latency_s.mean=0.3", "agent.concurrency=16"]
     command = ["eval", "run", str(choices), "--model", "simulated", "--output", "out"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -65,6 +66,7 @@ PASSED, WRONG, FAILED = (1.0, "none", [True]), (0.0, "wrong_answer", [-2]), (0.0
         ("print(' 42.0 ')", PASSED),
         ("if __name__ == '__main__':\n    print(42)", PASSED),
         ("print(reduce(mul, [gcd(12, 6), len(deque([1, 2, 3]))], 2) + 6)", PASSED),
+        ("print(len(str(10**41_999)) // 1000)", PASSED),
         ("print(42)\nexit(0)", PASSED),
         ("print(42)\nexit(1)", PASSED),
         ("print(42)\nquit()", PASSED),
@@ -171,7 +173,13 @@ async def test_a_program_that_crashes_the_compiler_has_failed(inputs: list[str])
         ("0.1 + 0.2", "0.3", True),
         ("[0.1 + 0.2]", "[0.3]", False),
         ("{1: None, 'b': True}", '{"1": null, "b": true}', True),
-        ("float('nan')", "NaN", False),
+        ("float('nan')", "NaN", True),
+        ("[float('nan')]", "[NaN]", True),
+        ("float('nan')", "1", False),
+        ("__import__('decimal').Decimal('0.1')", "0.1", True),
+        ("[__import__('fractions').Fraction(4, 2)]", "[2]", True),
+        ("__import__('decimal').Decimal('sNaN')", "NaN", False),
+        ("[1j]", "[1]", False),
         ("1", "true", True),
         ("'1'", "1", False),
         ("1", "no JSON", False),
@@ -330,7 +338,10 @@ def test_output_is_compared_line_by_line_as_text_or_decimal_numbers(printed: str
 
 def test_values_are_equal_or_close_floats() -> None:
     assert same_value(1.000001, 1.0) and same_value(1, 1.0) and same_value({"a": [1]}, {"a": [1]})
+    assert same_value(1.000001, 1) and same_value(1, 1.000001) and same_value(0, 1e-9)
     assert not same_value(1.1, 1.0) and not same_value(2, 1.0) and not same_value([1.000001], [1.0])
+    assert not same_value(100001, 100000) and not same_value("1.0", "1") and not same_value("1", 1.0)
+    assert not same_value(10**400, 1.0) and not same_value(1.0, math.inf) and not same_value(math.inf, 1.0)
 
 
 @pytest.mark.parametrize(

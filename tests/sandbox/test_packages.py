@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,13 +18,12 @@ from gym_bus.sandbox import packages
 from gym_bus.sandbox.api import Ended, Limits, Program
 from gym_bus.sandbox.slot import Slot
 from gym_bus.sandbox.zygote import PRELOAD
-from gym_bus.settings import VerifierConfig
+from gym_bus.settings import RayConfig, VerifierConfig
 from gym_bus.verifiers.service import VerifierService, require_sandbox
 
 session_loop = pytest.mark.asyncio(loop_scope="module")
 NUMPY = "numpy numpy.random"
 SMALL = Limits(wall_s=10, cpu_s=5, memory_bytes=64 * 2**20)
-SUMS = "```python\nimport numpy as np\nprint(int(np.arange(int(input())).sum()))\n```"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -88,6 +88,12 @@ def test_what_a_package_requires_comes_with_it() -> None:
     assert names.isdisjoint({"..", "bin", "msgspec"})
 
 
+def test_optional_packages_are_taken_as_far_as_they_are_installed() -> None:
+    found = packages.find("json", "nunpy numpy")
+    assert found.modules == ()
+    assert {name for names in found.folders.values() for name in names} >= {"numpy", "numpy.libs"}
+
+
 async def test_a_module_that_is_not_installed_is_named() -> None:
     with pytest.raises(UsageError, match="no installed package has a module 'nunpy'"):
         await Slot.start("nunpy")
@@ -108,24 +114,35 @@ async def test_a_package_that_cannot_be_imported_keeps_the_slot_from_starting(
         await Slot.start("broken_package")
 
 
-async def test_solutions_import_the_packages_of_the_workers_setting() -> None:
-    row = msgspec.json.encode({"verifier_metadata": {"unit_tests": {"inputs": ["4"], "outputs": ["6"]}}})
-    content = [{"type": "output_text", "text": SUMS}]
-    answer = msgspec.json.encode({"output": [{"type": "message", "role": "assistant", "content": content}]})
-    rewards = []
-    for preload in ((), ("numpy",)):
-        service = VerifierService(VerifierConfig(executor="local", preload=preload))
-        rewards.append((await service.verify("code_gen", b"{}", row, answer)).reward)
+async def judged(verifier: str, source: str, **settings: Any) -> float:
+    row = {"verifier_metadata": {"unit_tests": {"inputs": ["4"], "outputs": ["6"]}}, "entry_point": "f"}
+    row |= {"prompt": "def f(n):\n", "test": "def check(f):\n    assert f(4) == 6"}
+    content = [{"type": "output_text", "text": f"```python\n{source}\n```"}]
+    response = {"output": [{"type": "message", "role": "assistant", "content": content}]}
+    service = VerifierService(VerifierConfig(executor="local", ray=RayConfig(actors=1), **settings))
+    try:
+        return (await service.verify(verifier, b"{}", msgspec.json.encode(row), msgspec.json.encode(response))).reward
+    finally:
         await service.close()
-    assert rewards == [0.0, 1.0]
+
+
+async def test_programs_have_the_packages_of_their_verifier_and_of_the_workers_setting() -> None:
+    function = "import numpy as np\ndef f(n): return int(np.arange(n).sum())"
+    assert await judged("code_gen", f"{function}\nprint(f(int(input())))") == 1.0
+    assert await judged("humaneval", function) == 0.0
+    assert await judged("humaneval", function, preload=("numpy",)) == 1.0
 
 
 async def test_a_python_tool_gives_its_sessions_packages() -> None:
-    class Numeric(PythonTool):
-        preload = NUMPY
+    class Prepared(PythonTool):
+        preload = "numpy"
 
-    tool = Numeric({}, RolloutId("job", 0, 0))
-    try:
-        assert await tool.call("python", {"code": "import numpy as np\nnp.arange(4).sum().item()"}) == "6"
-    finally:
-        await tool.close()
+    for kind in (PythonTool, Prepared):
+        tool = kind({}, RolloutId("job", 0, 0))
+        try:
+            found = await tool.call("python", {"code": "import sys\n'numpy' in sys.modules"})
+            assert found == str(kind is Prepared)
+            assert await tool.call("python", {"code": "import numpy as np\nnp.arange(4).sum().item()"}) == "6"
+            assert "No module named 'msgspec'" in await tool.call("python", {"code": "import msgspec"})
+        finally:
+            await tool.close()

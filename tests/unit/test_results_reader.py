@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ def test_an_empty_file_has_no_lines(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
 
     assert list(iter_jsonl(tmp_path / "empty.jsonl")) == []
+
+
+def test_a_compressed_file_is_to_be_decompressed_first(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n'))
+
+    with pytest.raises(DataError, match=r"data\.jsonl\.gz: is compressed; decompress it first"):
+        list(iter_jsonl(path))
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "folder"])

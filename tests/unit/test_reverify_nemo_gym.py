@@ -115,6 +115,7 @@ MATH: Recorded = [
     (short(5), response(message("so the answer is 5.")), 1.0),
     (short("20"), response(message("Asked: what are 20% of 100?")), 0.0),
     (short(r"$\frac{1}{2}$"), response(message(r"\boxed{0.5}")), 1.0),
+    (short("5"), response(message(r"\boxed{5}" + " and so on" * 30_000)), 1.0),  # all of a text is read
     (short("57"), response(message(r"\boxed{5"), *tool_call("think", "6}"), message("7}")), 1.0),
     (short("5"), response(message(refusal="5")), 0.0),
     (short("5"), response(), 0.0),
@@ -143,9 +144,9 @@ def test_rewards_are_those_of_nemo_gyms_rules(
 
 def test_options_are_those_of_the_job_that_made_the_rollouts(tmp_path: Path) -> None:
     path = write_run(tmp_path, [(short("5"), response(), 0.0)])
-    assert options_for(path, "math", Config()) == {"strip_think": False}  # NeMo Gym's way
+    assert options_for(path, "math", Config()) == {"strip_think": False, "text_limit": 10**9}  # NeMo Gym's way
     set_here = Config(job=JobConfig(verifier_options={"strip_think": True}))
-    assert options_for(path, "math", set_here) == {"strip_think": True}
+    assert options_for(path, "math", set_here) == {"strip_think": True, "text_limit": 10**9}
 
     write_lines(path, [{"response": response(), "reward": 0.0, "gym_bus": {"job": "j"}}])
     assert options_for(path, "math", Config()) == {}

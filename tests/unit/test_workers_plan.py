@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,25 @@ def test_a_job_that_got_further_rollouts_is_resumed_with_all_of_them(benchmark: 
         file.write(last.replace('"_ng_rollout_index":1', '"_ng_rollout_index":2') + "\n")
 
     assert written(benchmark, tmp_path / "job").record.spans == [(0, 9, 2), (9, 1, 3)]
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:-50], lambda text: text.replace("7?", "8?")])
+def test_a_job_whose_inputs_were_changed_is_not_resumed(
+    benchmark: Path, tmp_path: Path, change: Callable[[str], str]
+) -> None:
+    job = written(benchmark, tmp_path / "job")
+    job.files.inputs.write_text(change(job.files.inputs.read_text()))
+
+    with pytest.raises(UsageError, match="it was changed or cut since"):
+        written(benchmark, tmp_path / "job")
+
+    job.files.inputs.unlink()
+    assert written(benchmark, tmp_path / "job").record == job.record
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused(benchmark: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="its name is not UTF-8"):
+        written(benchmark, tmp_path / os.fsdecode(b"\xff"))
 
 
 def test_shards_with_seeds_are_merged_into_the_whole_job_with_seeds(benchmark: Path, tmp_path: Path) -> None:

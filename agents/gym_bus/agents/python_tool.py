@@ -51,9 +51,10 @@ class PythonTool:
     limits: ClassVar[Limits] = DEFAULT_SESSION_LIMITS
     sandbox_level: ClassVar[Level] = Level.NAMESPACES
     """The lowest level of isolation that will do; `landlock`, for machines without namespaces, gives no `/tmp`."""
+    packages: ClassVar[str] = "numpy scipy sympy pandas"
+    """Packages that sessions may import where they are installed beside gym_bus, separated by spaces."""
     preload: ClassVar[str] = ""
-    """Further modules that sessions find imported, separated by spaces: of the standard library, or of packages that
-    are installed beside gym_bus, such as numpy, which sessions cannot import otherwise."""
+    """Further modules, of such packages or of the standard library, that sessions find imported already."""
 
     def __init__(self, row: Mapping[str, msgspec.Raw], rollout: RolloutId) -> None:
         del row
@@ -113,7 +114,9 @@ class PythonTool:
     async def _started(self) -> Session:
         await self._take_place()
         try:
-            return await Session.start(self.limits, preload=self.preload, least=self.sandbox_level)
+            return await Session.start(
+                self.limits, preload=self.preload, packages=self.packages, least=self.sandbox_level
+            )
         except BaseException as e:
             self._place().release()
             if not isinstance(e, SandboxError):

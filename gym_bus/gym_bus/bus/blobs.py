@@ -8,10 +8,11 @@ from pathlib import Path
 
 from nats.js import JetStreamContext, api
 from nats.js.errors import NotFoundError
-from nats.js.object_store import ObjectStore
+from nats.js.object_store import OBJ_DEFAULT_CHUNK_SIZE, ObjectStore
 
 from gym_bus import subjects
 from gym_bus.bus.asking import answered
+from gym_bus.bus.client import Client
 from gym_bus.errors import BodyLost
 from gym_bus.settings import BusConfig
 
@@ -23,8 +24,8 @@ BODY_LIMIT_S = 60.0
 class Blobs:
     """The object store of a server. Every call raises BusError where the server does not answer."""
 
-    def __init__(self, js: JetStreamContext, config: BusConfig) -> None:
-        self._js, self._config = js, config
+    def __init__(self, client: Client, js: JetStreamContext, config: BusConfig) -> None:
+        self._client, self._js, self._config = client, js, config
         self._open: ObjectStore | None = None
 
     async def _store(self) -> ObjectStore:
@@ -37,14 +38,20 @@ class Blobs:
         try:
             return await self._js.object_store(subjects.BLOBS)
         except NotFoundError:
-            config = api.ObjectStoreConfig(replicas=self._config.replicas)
+            storage, replicas = api.StorageType(self._config.storage), self._config.replicas
+            config = api.ObjectStoreConfig(storage=storage, replicas=replicas)
             return await self._js.create_object_store(subjects.BLOBS, config=config)
+
+    def _in_chunks(self) -> api.ObjectMeta:
+        """In parts that the server takes; the client's own are 128 KB."""
+        size_bytes = min(OBJ_DEFAULT_CHUNK_SIZE, self._client.max_payload)
+        return api.ObjectMeta(options=api.ObjectMetaOptions(max_chunk_size=size_bytes))
 
     async def put(self, subject: str, message_id: str, body: bytes) -> str:
         """Store the body of a message; returns the claim that fetches it."""
         job = message_id.split(".", 1)[0]
         key = f"{job}/{subject}/{message_id}"
-        await answered((await self._store()).put(key, body), f"object {key}", limit_s=BODY_LIMIT_S)
+        await answered((await self._store()).put(key, body, self._in_chunks()), f"object {key}", limit_s=BODY_LIMIT_S)
         return key
 
     async def get(self, key: str) -> bytes:
@@ -59,7 +66,7 @@ class Blobs:
         """Store a file."""
         store = await self._store()
         with path.open("rb") as file:
-            await answered(store.put(key, file), f"object {key}", limit_s=FILE_LIMIT_S)
+            await answered(store.put(key, file, self._in_chunks()), f"object {key}", limit_s=FILE_LIMIT_S)
 
     async def get_file(self, key: str, path: Path) -> None:
         """Write a stored file to `path`. Raises BusError where it is not there."""

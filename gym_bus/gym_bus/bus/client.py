@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
 import nats.aio.client
+import nats.errors
 from nats.aio.client import DEFAULT_FLUSH_TIMEOUT
 from nats.aio.msg import Msg
 
@@ -68,6 +69,13 @@ class Client(nats.aio.client.Client):
     async def close(self) -> None:
         """See the base class."""
         await heeding_cancellation(super().close())
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        # Private, but the one place between what a server says of itself and the password that is sent to it.
+        server = self._current_server
+        if initial_connection and server and server.uri.scheme == "tls" and not info.get("tls_required"):
+            raise nats.errors.Error("the server does not offer TLS, which tls:// demands")
+        await super()._process_info(info, initial_connection)
 
     def _flush_pending(self, force_flush: bool = False) -> Coroutine[Any, Any, Any]:
         # Private, but all that `publish` may wait for, and too often called itself to be looked after.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import nats.errors
@@ -20,7 +20,7 @@ from gym_bus.bus.publish import Publisher
 from gym_bus.bus.pull import CLAIM_BYTES_HEADER, CLAIM_HEADER, FAILURE_HEADER, ID_HEADER
 from gym_bus.bus.state import State
 from gym_bus.bus.streams import Streams
-from gym_bus.bus.topology import MAX_MESSAGE_BYTES, ensure_stream, stream_configs
+from gym_bus.bus.topology import MAX_MESSAGE_BYTES, ensure_replicas, ensure_stream, stream_configs
 from gym_bus.bus.tries import Tries
 from gym_bus.deadline import within
 from gym_bus.errors import BusError, UsageError
@@ -31,11 +31,14 @@ from gym_bus.settings import BusConfig, MiB
 
 log = get_logger(__name__)
 
-INIT_TRIES = 3
+SCHEMES = ("nats", "tls", "ws", "wss")
+INIT_TRIES, INIT_PAUSE_S = 3, 0.2
 CLOSE_LIMIT_S = 2.0
 HEADER_ROOM_BYTES = 4096
 """What the headers of one message may take: servers and streams count them with the body."""
-_BUCKETS = (subjects.JOBS, subjects.WORKERS, subjects.LIMITS)
+_BUCKETS = (subjects.JOBS, subjects.WORKERS, subjects.LIMITS, subjects.TRAINERS)
+_STORE_BUSY = 10049
+"""err_code: the files of a stream cannot be made; those of one that was deleted may be in the way."""
 _NO_ROOM = (10023, 10047)
 """err_codes of a server without the disk or the memory that streams reserve."""
 
@@ -49,7 +52,7 @@ class Bus:
         self.on_reconnect: list[Callable[[], None]] = []
         self._publisher = Publisher(client, config.publish_limit_s)
         self.streams, self.consumers = Streams(self), Consumers(self)
-        self.state, self.blobs = State(self.js, config.replicas), Blobs(self.js, config)
+        self.state, self.blobs = State(self.js, config), Blobs(client, self.js, config)
         self.tries = Tries(self._publisher, self.streams)
 
     @classmethod
@@ -62,6 +65,8 @@ class Bus:
         address = url or config.url
         if not address:
             raise UsageError("no NATS server given: set bus.url, or pass --nats URL")
+        servers = [server.strip() for server in address.split(",")]
+        _check_schemes(servers)
         made: list[Bus] = []
 
         async def reconnected() -> None:
@@ -69,10 +74,11 @@ class Bus:
                 for callback in list(bus.on_reconnect):
                     callback()
 
-        last_error: list[Exception] = []
+        told: list[Exception] = []
 
         async def error(e: Exception) -> None:
-            last_error[:] = [e]
+            if not told or not _is_refused(told[0]):  # a server that refuses also closes the connection, first or later
+                told[:] = [e]
             log.info("bus_error", error=repr(e))
 
         options: dict[str, Any] = {"user_credentials": config.credentials} if config.credentials else {}
@@ -80,7 +86,7 @@ class Bus:
         try:
             async with asyncio.timeout(config.connect_limit_s):
                 await client.connect(
-                    [server.strip() for server in address.split(",")],
+                    servers,
                     name=name,
                     connect_timeout=config.connect_limit_s / 2,  # of one try: the first may meet a dead connection
                     allow_reconnect=True,
@@ -94,12 +100,10 @@ class Bus:
                     **options,
                 )
         except (TimeoutError, OSError, nats.errors.Error, ValueError) as e:
-            cause = last_error[0] if last_error else e
+            cause = told[0] if told else e
             why = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-            raise BusError(
-                f"cannot reach a NATS server at {redact(address)} within {config.connect_limit_s:g} s: {why}; "
-                "is it running, and is the address right?"
-            ) from None
+            what = f"cannot reach a NATS server at {redact(address)} within {config.connect_limit_s:g} s: {why}"
+            raise BusError(f"{what}; {_what_to_check(cause)}") from None
         bus = cls(client, config)
         made.append(bus)
         await bus._publisher.start()
@@ -131,10 +135,13 @@ class Bus:
             try:
                 return await self._set_up()
             except (TimeoutError, nats.errors.Error) as e:
-                # A server that was restarted in between has swallowed the question.
-                if not (isinstance(e, TimeoutError) and tries_left):
+                # A server that was restarted in between has swallowed the question, or is still clearing away what
+                # was deleted a moment ago.
+                passing = isinstance(e, TimeoutError) or getattr(e, "err_code", 0) == _STORE_BUSY
+                if not (passing and tries_left):
                     told = trouble("JetStream did not set up the streams", e)
                     raise BusError(f"{told}; {_remedy(e)}") from None
+                await asyncio.sleep(INIT_PAUSE_S)
         raise AssertionError("unreachable")
 
     async def _set_up(self) -> list[str]:
@@ -145,6 +152,8 @@ class Bus:
         for bucket in _BUCKETS:
             await self.state.opened(bucket)
         await self.blobs.opened()
+        for backing in (*(f"KV_{bucket}" for bucket in _BUCKETS), f"OBJ_{subjects.BLOBS}"):
+            await ensure_replicas(self.js, backing, self.config.replicas)
         return [*(str(stream.name) for stream in streams), *_BUCKETS, subjects.BLOBS]
 
     # -- publishing and answering -------------------------------------------------------------------------------------
@@ -214,6 +223,26 @@ class Bus:
             callback(message.subject, message.data)
 
         await self.client.subscribe(subject, cb=on_message)
+
+
+def _check_schemes(servers: Sequence[str]) -> None:
+    """Raise UsageError for an address of another protocol, which the client would take for the name of a host."""
+    for server in servers:
+        scheme, separator, _ = server.rpartition("://")
+        if separator and scheme not in SCHEMES:
+            known = ", ".join(f"{known}://" for known in SCHEMES)
+            raise UsageError(f"bus.url: {redact(server)}: not the address of a NATS server: {known} host:port")
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether a server wants a user, another one or another password."""
+    return "authorization" in str(error).lower()
+
+
+def _what_to_check(error: Exception) -> str:
+    if _is_refused(error):
+        return "give user and password in the address (nats://user:password@host:port), or bus.credentials"
+    return "is it running, and is the address right?"
 
 
 def _remedy(error: Exception) -> str:

@@ -11,6 +11,7 @@ from nats.js.kv import KeyValue
 
 from gym_bus import subjects
 from gym_bus.bus.asking import answered
+from gym_bus.settings import BusConfig
 
 WORKER_AGE_S = 30.0
 """A worker that has not reported for so long is forgotten."""
@@ -19,8 +20,8 @@ WORKER_AGE_S = 30.0
 class State:
     """The buckets of a server. Every call raises BusError where the server does not answer."""
 
-    def __init__(self, js: JetStreamContext, replicas: int) -> None:
-        self._js, self._replicas = js, replicas
+    def __init__(self, js: JetStreamContext, config: BusConfig) -> None:
+        self._js, self._config = js, config
         self._open: dict[str, KeyValue] = {}
 
     async def bucket(self, name: str) -> KeyValue:
@@ -35,8 +36,9 @@ class State:
             return await self._js.key_value(name)
         except NotFoundError:
             age_s = WORKER_AGE_S if name == subjects.WORKERS else None
+            storage, replicas = api.StorageType(self._config.storage), self._config.replicas
             return await self._js.create_key_value(
-                api.KeyValueConfig(bucket=name, history=1, replicas=self._replicas, ttl=age_s)
+                api.KeyValueConfig(bucket=name, history=1, storage=storage, replicas=replicas, ttl=age_s)
             )
 
     async def put(self, bucket: str, key: str, value: Any) -> int:

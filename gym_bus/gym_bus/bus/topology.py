@@ -70,3 +70,10 @@ async def ensure_stream(js: JetStreamContext, config: api.StreamConfig) -> None:
         if e.err_code != _OTHER_SETTINGS:
             raise
         await js.update_stream(config)
+
+
+async def ensure_replicas(js: JetStreamContext, name: str, replicas: int) -> None:
+    """Have the stream behind a bucket or an object store kept so many times. Raises the client's own errors."""
+    config = (await js.stream_info(name)).config
+    if config.num_replicas != replicas:
+        await js.update_stream(config, num_replicas=replicas)

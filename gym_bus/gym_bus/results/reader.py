@@ -13,6 +13,7 @@ from gym_bus.errors import DataError
 from gym_bus.results.lines import COMPOSED, Fields
 
 BOM = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
 
 T = TypeVar("T")
 
@@ -39,7 +40,10 @@ def iter_lines(path: Path) -> Iterator[Line]:
     """As `iter_jsonl`, with the position of every line."""
     try:
         with path.open("rb", buffering=1 << 20) as file:
-            yield from _lines_of(file)
+            for line in _lines_of(file):
+                if line.number == 1 and line.data.startswith(GZIP):
+                    raise DataError(f"{path}: is compressed; decompress it first, as with `gunzip --keep`")
+                yield line
     except OSError as e:
         raise DataError(f"{path}: cannot be read: {e.strerror or e}") from None
 

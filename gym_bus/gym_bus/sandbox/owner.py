@@ -43,8 +43,6 @@ _IDS_PER_SLOT, _FIRST_ID, _IDS = 2, 0x7000_0000, 0x0800_0000
 _FEWEST_IDS = 8192
 _numbers = itertools.count()
 
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""For what packages start when they are imported: a fork would lose it."""
 _BOOT = "import sys; sys.path.insert(0, sys.argv[3]); from gym_bus.sandbox.zygote import main; main()"
 
 
@@ -150,11 +148,12 @@ class Zygote:
         modules: Sequence[str] = (),
         *,
         names: str = "",
+        optional: str = "",
         tools: bool = False,
         level: Level = Level.NAMESPACES,
     ) -> None:
         self._preload, self._modules, self._tools, self.level = preload, tuple(modules), tools, level
-        self.packages = packages.find(preload)
+        self.packages = packages.find(preload, optional)
         """Installed packages that its programs may import."""
         self._resident_bytes = 0
         self.names = names
@@ -363,7 +362,7 @@ def _launch(boot: str, control: socket.socket, settings: dict[str, Any]) -> subp
         stderr=subprocess.DEVNULL,
         pass_fds=[control.fileno()],
         # Symbols are looked up once, by the zygote, not by each program.
-        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LD_BIND_NOW": "1", **_ONE_THREAD},
+        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LD_BIND_NOW": "1", **dict.fromkeys(zygote.ONE_THREAD, "1")},
         cwd="/",
         start_new_session=True,
     )

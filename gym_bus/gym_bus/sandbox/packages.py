@@ -23,27 +23,39 @@ class Packages(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def find(preload: str) -> Packages:
-    """The packages of those modules in `preload`, separated by spaces, that are not of the standard library.
+def find(preload: str, optional: str = "") -> Packages:
+    """Packages with all that they require.
+
+    Args:
+        preload: modules, separated by spaces; those of the standard library are left out here.
+        optional: distributions, separated by spaces, that are not imported before; what is not installed is left out.
 
     Raises:
-        UsageError: no installed package has such a module.
+        UsageError: no installed package has a module of `preload`.
     """
     modules = tuple(name for name in preload.split() if name.partition(".")[0] not in sys.stdlib_module_names)
-    if not modules:
-        return Packages((), {})
     taken: Distributions = {}
-    owners = importlib.metadata.packages_distributions()
-    for module in modules:
-        name = module.partition(".")[0]
-        if name not in owners:
-            raise UsageError(f"preload: no installed package has a module {name!r}: install it beside gym_bus")
-        for owner in owners[name]:
+    for name in optional.split():
+        _take(name, taken)
+    for name in {module.partition(".")[0] for module in modules}:
+        for owner in _owners(name):
             _take(owner, taken)
     folders: dict[str, set[str]] = {}
     for distribution in taken.values():
         folders.setdefault(str(distribution.locate_file("")), set()).update(_entries(distribution))
     return Packages(modules, {folder: sorted(names) for folder, names in sorted(folders.items())})
+
+
+def _owners(module: str) -> list[str]:
+    """The distributions that a module comes from."""
+    try:  # nearly always it has the module's name; to look through all takes longer than to start a sandbox
+        if module in _entries(importlib.metadata.distribution(module)):
+            return [module]
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    if owners := importlib.metadata.packages_distributions().get(module):
+        return list(owners)
+    raise UsageError(f"preload: no installed package has a module {module!r}: install it beside gym_bus")
 
 
 def _take(name: str, taken: Distributions) -> None:
@@ -54,9 +66,9 @@ def _take(name: str, taken: Distributions) -> None:
         return
     if taken.setdefault(distribution.name, distribution) is not distribution:
         return
-    from packaging.requirements import Requirement  # takes as long to import as a sandbox to start
-
     for text in distribution.requires or ():
+        from packaging.requirements import Requirement  # not for packages that need none: it takes 40 ms
+
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             _take(requirement.name, taken)

@@ -83,13 +83,19 @@ class Session:
 
     @classmethod
     async def start(
-        cls, limits: Limits = DEFAULT_SESSION_LIMITS, *, preload: str = "", least: Level = Level.NAMESPACES
+        cls,
+        limits: Limits = DEFAULT_SESSION_LIMITS,
+        *,
+        preload: str = "",
+        packages: str = "",
+        least: Level = Level.NAMESPACES,
     ) -> Session:
         """A session that is ready; takes a twentieth of a second and about 10 MB.
 
         Args:
             limits: of the whole session.
-            preload: further modules to have imported before, as for `Slot.start`: `numpy` for one.
+            preload: further modules to have imported before, as for `Slot.start`.
+            packages: installed distributions that it may import, as for `Slot.start`.
             least: the lowest level that will do.
 
         Raises:
@@ -97,7 +103,7 @@ class Session:
             SandboxRefused: this machine does not give the level `least`.
             SandboxError: the sandbox failed.
         """
-        slot = await Slot.start(f"{PRELOAD} {preload}", [_MODULE], least=least)
+        slot = await Slot.start(f"{PRELOAD} {preload}", [_MODULE], packages=packages, least=least)
         try:
             return cls(slot, limits)
         except OSError as e:  # no descriptor is left

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from gym_bus.errors import SandboxError, SandboxRefused, UsageError
 from gym_bus.logs import get_logger
@@ -102,9 +103,11 @@ class _Packed:
 class Slot:
     """One place to run programs, isolated from the host and from each other; implements `Sandbox`."""
 
-    def __init__(self, preload: str = zygote.PRELOAD, modules: Sequence[str] = (), names: str = "") -> None:
-        self._preload, self._modules, self._names = preload, tuple(modules), names
-        self._zygote = Zygote(preload, modules, names=names)
+    def __init__(
+        self, preload: str = zygote.PRELOAD, modules: Sequence[str] = (), names: str = "", packages: str = ""
+    ) -> None:
+        self._make = partial(Zygote, preload, modules, names=names, optional=packages)
+        self._zygote = self._make()
         self._partner: Zygote | None = None
         self._tools: Zygote | None = None
         self._lock = asyncio.Lock()
@@ -119,6 +122,7 @@ class Slot:
         modules: Sequence[str] = (),
         *,
         names: str = "",
+        packages: str = "",
         least: Level = Level.NAMESPACES,
     ) -> Slot:
         """A slot that is ready.
@@ -128,6 +132,8 @@ class Slot:
                 installed packages, which programs cannot import otherwise.
             modules: modules of the caller's that programs may import; they may use the standard library only.
             names: text whose names programs find without paying for it; see `Program.names`. It is the caller's own.
+            packages: further installed distributions that programs may import, space-separated; not imported before,
+                and not there where they are not installed.
             least: the lowest level that will do where the machine does not give the highest.
 
         Raises:
@@ -135,7 +141,7 @@ class Slot:
             SandboxRefused: this machine does not give `least`; the message says what failed and what would mend it.
             SandboxError: it does not start for another reason.
         """
-        slot = cls(preload, modules, names)
+        slot = cls(preload, modules, names, packages)
         try:
             slot._facts = _facts(await slot._first(least))
             await slot._self_test()
@@ -276,7 +282,7 @@ class Slot:
                 raise UsageError(f"only Python programs can be joined, not {program.language}")
         async with self._lock:
             if self._partner is None:
-                self._partner = Zygote(self._preload, self._modules, names=self._names, level=self.level)
+                self._partner = self._make(level=self.level)
             first, second = await self._ready(self._zygote, limits), await self._ready(self._partner, limits)
             a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             outcomes = await asyncio.gather(
@@ -331,7 +337,7 @@ def _order(
 ) -> bytes:
     bounded = where.group is not None
     address = limits.memory_bytes * (ADDRESS_FACTOR if bounded else 1) + ADDRESS_BASE
-    if where.packages.modules:
+    if where.packages.folders:
         address += ADDRESS_PACKAGES
     if language is not None and not language.bounded_address_space and bounded:
         address = 0

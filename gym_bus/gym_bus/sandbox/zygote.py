@@ -47,6 +47,9 @@ _KEPT = (
 see what limits they had."""
 _KEPT_OUTSIDE = (syscalls.CAP_SETUID, syscalls.CAP_SETGID, syscalls.CAP_KILL)
 """Of a zygote without namespaces that root has started."""
+ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""Variables that keep packages from starting threads when they are imported: a fork would lose them, and programs have
+a bound on them."""
 MAX_MESSAGE = 65_536
 MOST_FDS = 8
 
@@ -199,6 +202,8 @@ def _lock_in(scratch: str, names: str, code: bytes) -> None:
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
     os.environ.clear()
+    for name in ONE_THREAD:  # for libraries that programs load, not in what programs see of the environment
+        os.putenv(name, "1")
     os.environ.update({"HOME": scratch, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TMPDIR": scratch})
     child.prepare(names)
     seccomp.install(code)

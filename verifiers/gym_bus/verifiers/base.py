@@ -60,10 +60,13 @@ class SandboxedVerifier(Protocol):
 
         sandbox_level: ClassVar[Level] = Level.NAMESPACES
 
-    One whose programs import further modules in any case may have them imported before, those of installed packages
-    included, which programs cannot import otherwise:
+    One whose programs may import packages, as far as they are installed in the workers' environment:
 
-        preload: ClassVar[str] = "datetime random numpy"
+        packages: ClassVar[str] = "numpy"
+
+    One whose programs import further modules in any case, those of packages included, may have them imported before:
+
+        preload: ClassVar[str] = "datetime random"
 
     One whose programs all begin with the same text (`Program.names`) has it run but once:
 

@@ -5,7 +5,9 @@ Standard library only: runs in the sandbox, in reach of the solution. What it wr
 
 from __future__ import annotations
 
+import contextlib
 import json
+import operator
 import os
 import sys
 import types
@@ -47,7 +49,8 @@ def solution_names() -> dict[str, Any]:
 def plain(value: Any, depth: int = 0) -> Any:
     """`value` as JSON values, tuples as lists; raises TypeError for anything that is no plain data.
 
-    What derives from a built-in type is its content: a `Counter` a dict, whatever it overrides.
+    What derives from a built-in type is its content: a `Counter` a dict, whatever it overrides. Other numbers, as a
+    `Decimal`, are the integer or float that they say they are.
     """
     if depth > 60:
         raise TypeError("nested too deeply")
@@ -61,6 +64,13 @@ def plain(value: Any, depth: int = 0) -> Any:
             return [plain(item, depth + 1) for item in items(value)]
     if isinstance(value, dict):
         return {_key(key): plain(item, depth + 1) for key, item in dict.items(value)}
+    return _other_number(value)
+
+
+def _other_number(value: Any) -> Any:
+    for convert in (operator.index, float):
+        with contextlib.suppress(TypeError):
+            return convert(value)
     raise TypeError(f"a {type(value).__name__} is no plain data")
 
 

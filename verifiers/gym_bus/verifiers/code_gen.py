@@ -46,6 +46,7 @@ from typing import *
 import string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools, functools, operator
 import io, sys, json
 sys.setrecursionlimit(50000)
+sys.set_int_max_str_digits(50000)
 """
 """What LiveCodeBench's harness puts before every program; many recorded answers rely on it."""
 
@@ -85,8 +86,12 @@ class CodeGen:
     placement: ClassVar[Placement] = Placement.SANDBOXED
     preload: ClassVar[str] = "datetime io random statistics"
     """What else `PRELUDE` imports, which would take four times as long as the rest of a small program."""
+    packages: ClassVar[str] = "numpy"
+    """Which LiveCodeBench's harness has."""
     names: ClassVar[str] = PRELUDE
     required: ClassVar[tuple[str, ...]] = ("verifier_metadata",)
+    nemo_gym_options: ClassVar[dict[str, Any]] = {"memory_bytes": 4 * 2**30}
+    """What makes it judge as NeMo Gym's does."""
 
     def __init__(self, **options: Any) -> None:
         self._options = o = read_options(Options, "code_gen", options)
@@ -221,19 +226,25 @@ def _judge_call(outcome: Outcome, expected: str, nonce: str) -> Any:
     if not text.startswith(nonce):  # it ended by itself before its result was written
         return FAILED
     try:
-        got, wanted = json.loads(text[len(nonce) :]), json.loads(expected)
+        return True if same_value(json.loads(text[len(nonce) :]), json.loads(expected)) else WRONG
     except (ValueError, RecursionError):
         return WRONG
-    return True if same_value(got, wanted) else WRONG
 
 
 def same_value(got: Any, wanted: Any) -> bool:
-    """Equal, or two numbers that are close (numpy.allclose's tolerances)."""
-    if got == wanted:
+    """Equal, the same JSON (NaN is), or two numbers, a float among them, that are close: `numpy.allclose`'s tolerances.
+
+    NeMo Gym's harness takes any two texts and integers for floats, so that 100001 passes for 100000: that is left out.
+    """
+    if got == wanted or json.dumps(got) == json.dumps(wanted):
         return True
-    if isinstance(got, float) and isinstance(wanted, float):
-        return math.isclose(got, wanted, rel_tol=1e-5, abs_tol=1e-8)
-    return False
+    numbers = isinstance(got, int | float) and isinstance(wanted, int | float)
+    if not numbers or not (isinstance(got, float) or isinstance(wanted, float)):
+        return False
+    try:
+        return math.isfinite(wanted) and abs(got - wanted) <= 1e-8 + 1e-5 * abs(wanted)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def _thinking_leaks(text: str, response: dict[str, Any]) -> bool:

@@ -40,8 +40,8 @@ class Math:
 
     placement: ClassVar[Placement] = Placement.CPU
     required: ClassVar[tuple[str, ...]] = ("expected_answer",)
-    nemo_gym_options: ClassVar[dict[str, Any]] = {"strip_think": False}
-    """What makes it judge as `math_with_judge` does, which reads the thinking, too."""
+    nemo_gym_options: ClassVar[dict[str, Any]] = {"strip_think": False, "text_limit": 1_000_000_000}
+    """What makes it judge as `math_with_judge` does, which reads the thinking, too, and texts of any length."""
 
     def __init__(self, **options: Any) -> None:
         self._options = read_options(Options, "math", options)

@@ -122,7 +122,7 @@ class VerifierRunner:
     def __init__(self, sandbox_level: str = "namespaces", preload: Sequence[str] = ()) -> None:
         self._level, self._preload = sandbox_level, tuple(preload)
         self._verifiers: OrderedDict[tuple[str, bytes], AnyVerifier] = OrderedDict()
-        self._slots: dict[tuple[str, str], Any] = {}
+        self._slots: dict[tuple[str, str, str], Any] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def batch(self, checks: bytes) -> bytes:
@@ -151,16 +151,16 @@ class VerifierRunner:
         return cast(Verifier, verifier).verify(task)
 
     async def _judge_sandboxed(self, verifier: SandboxedVerifier, task: Task) -> Verdict:
-        slot = await self._slot(getattr(verifier, "preload", ""), getattr(verifier, "names", ""))
+        slot = await self._slot(*(getattr(verifier, name, "") for name in ("preload", "packages", "names")))
         if not slot.level.reaches(least := demanded_level(verifier, self._level)):
             raise SandboxRefused(
                 f"{type(verifier).__name__} demands level {least}, this machine gives {slot.level}: {slot.lowered}"
             )
         return await verifier.verify(task, slot)
 
-    async def _slot(self, preload: str, names: str) -> Any:
-        """The slot whose programs find the modules of `preload` imported, and `names`: others' programs pay nothing."""
-        key = (preload, names)
+    async def _slot(self, preload: str, packages: str, names: str) -> Any:
+        """The slot whose programs find these modules, packages and names: others' programs pay nothing for them."""
+        key = (preload, packages, names)
         if key not in self._slots:
             from gym_bus.sandbox import zygote
             from gym_bus.sandbox.protections import Level
@@ -170,6 +170,7 @@ class VerifierRunner:
                 " ".join((zygote.PRELOAD, preload, *self._preload)),
                 modules=SANDBOX_MODULES,
                 names=names,
+                packages=packages,
                 least=Level(self._level),
             )
         return self._slots[key]

@@ -17,7 +17,7 @@ import msgspec
 from gym_bus.bus import Bus
 from gym_bus.config import Config
 from gym_bus.deadline import within
-from gym_bus.errors import BusError
+from gym_bus.errors import BusError, UsageError
 from gym_bus.logs import get_logger
 from gym_bus.server import EmbeddedServer, die_with_parent
 from gym_bus.verifiers.service import require_sandbox
@@ -201,11 +201,14 @@ class LocalStack:
     async def start_workers(self) -> None:
         """Launch every worker process."""
         logs = self._folder / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        for number, role in enumerate(self._roles):
-            worker = WorkerProcess(role, number, self.config, logs / f"{role}-{number}.log")
-            self.workers.append(worker)
-            await worker.start()
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+            for number, role in enumerate(self._roles):
+                worker = WorkerProcess(role, number, self.config, logs / f"{role}-{number}.log")
+                self.workers.append(worker)
+                await worker.start()
+        except OSError as e:
+            raise UsageError(f"{e.filename or logs}: a worker cannot be started: {e.strerror or e}") from None
 
     async def until(self, work: Coroutine[Any, Any, None], *beside: asyncio.Task[None]) -> None:
         """Await `work`; what goes wrong beside it, in a task or in a worker that keeps dying, ends it early."""

@@ -187,6 +187,7 @@ def write_down(plan: Plan, output: Path) -> Job:
     """
     files = JobFiles(output)
     try:
+        str(output.absolute()).encode()
         output.mkdir(parents=True, exist_ok=True)
         part = files.inputs.with_suffix(f".{os.getpid()}.part")
         lock = FileLock(files.lock)  # two runs that start at once must not write a manifest each
@@ -198,12 +199,15 @@ def write_down(plan: Plan, output: Path) -> Job:
             resumed = files.manifest.exists()
             if resumed:
                 manifest = _same_job(manifest, files)
+                _check_inputs(files, part)
             if not resumed or not files.inputs.exists():
                 part.replace(files.inputs)
                 manifest.save(files.manifest)
         finally:
             part.unlink(missing_ok=True)
             lock.release()
+    except UnicodeEncodeError:  # the bus is told where the files are, in UTF-8
+        raise UsageError(f"{output}: its name is not UTF-8; choose another folder with --output") from None
     except OSError as e:
         raise UsageError(
             f"{output}: cannot be written: {e.strerror or e}; choose another folder with --output"
@@ -335,6 +339,19 @@ def _same_job(manifest: Manifest, files: JobFiles) -> Manifest:
             "Choose another folder with --output, or run with the settings of that job to resume it"
         )
     return old
+
+
+def _check_inputs(files: JobFiles, ordered: Path) -> None:
+    """Raise UsageError where the materialized inputs do not begin with the rows that were ordered."""
+    if not files.inputs.exists():
+        return
+    with files.inputs.open("rb") as there, ordered.open("rb") as wanted:
+        while chunk := wanted.read(1 << 20):
+            if there.read(len(chunk)) != chunk:
+                raise UsageError(
+                    f"{files.inputs}: not the rows that the job was written down with: it was changed or cut since. "
+                    "Remove it, and the same command writes it anew"
+                )
 
 
 def _job(manifest: Manifest, spans: list[tuple[int, int, int]], files: JobFiles, lane: str, *, resumed: bool) -> Job:

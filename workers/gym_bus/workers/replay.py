@@ -267,7 +267,7 @@ class OrderedReplays:
 
     async def _take(self, consumer: ResultsConsumer) -> None:
         order: ReplayOrder | None = await self._bus.state.get(subjects.JOBS, replay_key(self._job), ReplayOrder)
-        if order is None or order.ended:
+        if order is None or order.ended or await consumer.is_behind(order.selection.up_to):
             return
         chosen = choose(consumer.ledger, order.selection)
         log.info("replaying", job=self._job, rollouts=len(chosen.attempts))

@@ -145,6 +145,20 @@ class ResultsConsumer:
         """Whether a further attempt at any of these is waited for."""
         return any(rollout in self._retrying for rollout in rollouts)
 
+    async def is_behind(self, sequence: int | None) -> bool:
+        """Whether there are results up to this sequence of the stream (None: its end) that are yet to be recorded.
+
+        Raises:
+            BusError: the broker did not answer.
+        """
+        if not self.left:  # all is recorded, also what has left the stream
+            return False
+        results = subjects.results_of(self._record.job)
+        unread = await self._bus.streams.count(subjects.RESULTS, results, self._read_to + 1)
+        if not unread or sequence is None:
+            return unread > 0
+        return unread > await self._bus.streams.count(subjects.RESULTS, results, max(sequence, self._read_to) + 1)
+
     @property
     def retrying(self) -> dict[RolloutId, int]:
         """The attempts that are waited for, by rollout."""
