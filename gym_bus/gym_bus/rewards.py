@@ -38,7 +38,7 @@ log = get_logger(__name__)
 
 T = TypeVar("T")
 
-TRAINERS = "gym_trainers"
+TRAINERS = subjects.TRAINERS
 LOOK_S = 1.0
 """Seconds without an outcome before the trainer looks whether the job is over."""
 SETTLE_S = 10.0

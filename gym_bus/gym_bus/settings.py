@@ -60,7 +60,9 @@ class BusConfig(_Section, frozen=True):
     """Path of a NATS credentials file."""
     embedded: EmbeddedConfig = EmbeddedConfig()
     replicas: Annotated[int, Meta(ge=1, le=5)] = 1
+    """Servers of a cluster that keep each stream, bucket and large body."""
     storage: Literal["file", "memory"] = "file"
+    """What they are kept in, from their creation on; memory takes smaller limits (`configs/memory.yaml`)."""
     inline_limit_bytes: Bytes = 4 * MiB
     """Larger bodies go to the object store; the message carries their key."""
     lanes: tuple[str, ...] = ("interactive", "batch")

@@ -13,6 +13,7 @@ ADVISORIES = "GYM_ADVISORIES"
 JOBS = "gym_jobs"
 WORKERS = "gym_workers"
 LIMITS = "gym_limits"
+TRAINERS = "gym_trainers"
 BLOBS = "gym_blobs"
 
 _TOKEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")

@@ -11,15 +11,19 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import NatsServer, until, wait_for_port
 
 from gym_bus import subjects
 from gym_bus.bus import Bus, Delivery, Follower, Pull, asking, pull
+from gym_bus.config import load_config
 from gym_bus.errors import BodyLost, BusError, FailureKind, UsageError
 from gym_bus.messages import Failed, Failure, Policy, Request, RolloutId, Scored
 from gym_bus.server import find_binary
 from gym_bus.settings import BusConfig, MiB, StreamConfig
+
+BUCKETS = (subjects.JOBS, subjects.WORKERS, subjects.LIMITS, subjects.TRAINERS)
 
 
 def a_request(job: str = "job", task: int = 0, rollout: int = 0, row: bytes = b'{"q":1}') -> Request:
@@ -48,6 +52,24 @@ async def test_init_twice_changes_nothing_and_updates_limits(bus: Bus) -> None:
     assert (await bus.js.stream_info(subjects.REQUESTS)).config.max_msgs == 1000
     await bus.init()
     assert (await bus.js.stream_info(subjects.REQUESTS)).config.max_msgs == bus.config.requests.max_msgs
+
+
+async def test_everything_on_the_server_is_kept_where_the_settings_say(bus: Bus) -> None:
+    for stream in await bus.js.streams_info():
+        await bus.js.delete_stream(str(stream.config.name))
+    with pytest.raises(BusError, match=r"reserve their max_bytes: lower .* with bus\.storage=memory more memory"):
+        async with await Bus.connect(BusConfig(url=bus.config.url, storage="memory")) as too_large:
+            await too_large.init()
+    shipped = load_config([Path(__file__).parents[2] / "configs" / "memory.yaml"], []).bus
+    async with await Bus.connect(msgspec.structs.replace(shipped, url=bus.config.url)) as forgetful:
+        names = await forgetful.init()
+        assert await forgetful.init() == names  # there is no room for all of it a second time
+        kept = {str(s.config.name): str(s.config.storage) for s in await forgetful.js.streams_info()}
+        for name in kept:
+            await forgetful.js.delete_stream(name)  # what a stream is kept in cannot be changed: others want files
+
+    assert set(kept) == {f"KV_{n}" if n in BUCKETS else f"OBJ_{n}" if n == subjects.BLOBS else n for n in names}
+    assert set(kept.values()) == {"memory"}
 
 
 async def test_a_repeat_under_the_same_id_is_stored_once(bus: Bus) -> None:

@@ -428,6 +428,15 @@ async def test_a_cluster_that_loses_its_leader_in_mid_job_loses_nothing(
         assert (info.config.num_replicas, info.state.messages) == (3, 12 * TASKS)
 
 
+@pytest.mark.long
+async def test_a_cluster_keeps_everything_as_many_times_as_the_settings_come_to_say(cluster: Cluster) -> None:
+    for replicas in (1, 3):
+        async with await Bus.connect(BusConfig(url=cluster.url, replicas=replicas)) as bus:
+            await until(lambda bus=bus: is_set_up(bus))
+            for name in (subjects.RESULTS, f"KV_{subjects.JOBS}", f"KV_{subjects.TRAINERS}", f"OBJ_{subjects.BLOBS}"):
+                assert (await bus.js.stream_info(name)).config.num_replicas == replicas, name
+
+
 async def is_set_up(bus: Bus) -> bool:
     with contextlib.suppress(Exception):
         await asyncio.wait_for(bus.js.account_info(), 1.0)

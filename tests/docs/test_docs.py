@@ -19,12 +19,14 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import click
 import msgspec
 import pytest
 
 from gym_bus.benchmarks.spec import data_path, list_benchmarks, load_benchmark
+from gym_bus.cli.main import cli
 from gym_bus.server import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -183,6 +185,30 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, model: int) -> N
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert code == 0, (tmp_path / "said").read_text()[-4000:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_blocks_of_a_page_are_of_kinds_that_these_tests_know(page: Path) -> None:
+    assert {m["kind"] for m in BLOCK.finditer(page.read_text())} <= {"", "json", "python", "sh", "text", "yaml"}
+
+
+def only_named(page: Path) -> list[str]:
+    """Commands that are not run: within a sentence or a table, or in a block of text as they need what is not here."""
+    shown = "".join(m["text"] for m in blocks(page, "text", "")).replace("\\\n", " ")
+    named = re.findall(r"`gym-bus ([^`]+)`", page.read_text())
+    return [*re.findall(r"^gym-bus (.+)$", shown, re.MULTILINE), *(text.replace("\n", " ") for text in named)]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name_of)
+def test_the_commands_that_a_page_only_names_are_there_with_their_options(page: Path) -> None:
+    for line in only_named(page):
+        words, command = line.split(), cast(click.Command, cli)
+        while isinstance(command, click.Group) and words and re.fullmatch(r"[a-z]+", words[0]):
+            found = command.get_command(click.Context(command), words.pop(0))
+            assert found is not None, line
+            command = found
+        options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word for word in words if word.startswith("-")} <= {*options, "--help"}, line
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)

@@ -5,12 +5,21 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from unit.conftest import GymBus
+
+from gym_bus.benchmarks import stores
+from gym_bus.benchmarks.stores import Place
+from gym_bus.cli import display
+from gym_bus.jobs import JobRecord
+from gym_bus.messages import RolloutId
+from gym_bus.results.ledger import FailedRollout, Ledger
+from gym_bus.workers.run import Progress
 
 MINE = """\
 name: mine
@@ -138,6 +147,7 @@ def test_a_wrong_word_is_answered_with_what_could_be_meant(
         ("multi step", "benchmark", "example_multi_step"),
         ("competition", "benchmark", "math500"),
         ("guess number", "benchmark", "mine"),
+        ("grade school", "benchmark", "gsm8k"),
         ("mcq", "verifier", "mcqa"),
     ],
 )
@@ -361,6 +371,8 @@ def test_a_prompt_is_rendered_into_rows(gym_bus: GymBus, folder: Path) -> None:
     assert (said.code, said.out) == (0, "rendered.jsonl: 5 rows\n")
     row = json.loads((folder / "rendered.jsonl").read_text().splitlines()[4])
     assert row["responses_create_params"]["input"] == [{"role": "user", "content": "So 4?"}]
+    again = ("-i", "mine/example.jsonl", "--prompt-config", "prompt.yaml", "-o", "again.jsonl", "--json")
+    assert json.loads(gym_bus("dataset", "render", *again).out) == {"file": "again.jsonl", "rows": 5}
 
 
 @pytest.mark.parametrize(
@@ -405,3 +417,46 @@ def test_nothing_is_removed_without_a_yes(
 
     assert said.code == code
     assert what in said.out + said.err
+
+
+def test_what_is_removed_is_told_to_a_program(gym_bus: GymBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shelf:
+        def remove(self, place: Place) -> str:
+            return f"{place.name} {place.version}"
+
+    monkeypatch.setattr(stores, "open_store", lambda storage, config: Shelf())
+
+    said = gym_bus("dataset", "rm", "--storage", "hf", "--name", "a/b", "--version", "2", "--yes", "--json")
+
+    assert (said.code, json.loads(said.out)) == (0, {"storage": "hf", "removed": "a/b 2"})
+
+
+def test_a_new_folder_is_told_to_a_program(gym_bus: GymBus, folder: Path) -> None:
+    made = json.loads(gym_bus("env", "init", "fresh", "--kind", "multi-turn", "--json").out)
+
+    assert (made["name"], made["kind"], made["folder"]) == ("fresh", "multi-turn", "fresh")
+    assert all((folder / file).is_file() for file in made["files"])
+    assert "fresh/verifier.py" in made["files"]
+
+
+# -- the live display
+
+
+async def test_without_a_terminal_a_line_says_how_far_a_run_is_and_how_long_it_will_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(display, "PLAIN_EVERY_S", -1.0)
+    run = Progress(JobRecord(job="j", benchmark="mine", model="m", spans=[(0, 10, 4)]), Ledger("j", 10, 4))
+    with display.live(quiet=False) as shown:
+        shown.begin(run)
+        run.published = 38
+        for task in range(10):
+            run.ledger.record_scored(RolloutId("j", task, 0), task % 2)
+        run.ledger.record_failed(RolloutId("j", 0, 1), FailedRollout("rate_limited", 1, False))
+        run.finished, run._started = 10, time.monotonic() - 4
+        shown.refresh()
+
+    assert capsys.readouterr().err.splitlines() == [
+        "mine m: 0 of 40, 0 in flight · 0/s · no reward yet",
+        "mine m: 11 of 40, 27 in flight · 2/s · mean reward 0.5000 · failed: rate_limited 1 · 0:00:12 left",
+    ]

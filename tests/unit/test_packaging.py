@@ -5,19 +5,60 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import msgspec
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from gym_bus.cli import worker
 from gym_bus.config import Config, Layer, load_config
 from gym_bus.server import find_binary
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("gym_bus", "workers", "agents", "verifiers", "benchmarks")
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+WITHOUT = """
+import importlib, sys
+
+lacking = set(sys.argv[1].split())
+
+class Lacks:
+    def find_spec(self, name, path=None, target=None):
+        if name in lacking:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Lacks())
+"""
+"""The start of a program in whose environment the packages of its first argument are not installed."""
+
+EVERY_VERIFIER = "from gym_bus.verifiers.registry import VERIFIERS as all; [all.load(name) for name in all]"
+EVERY_AGENT = (
+    "from gym_bus.agents.registry import AGENTS, TOOLBOXES; [r.load(n) for r in (AGENTS, TOOLBOXES) for n in r]"
+)
+EVERY_COMMAND = "from gym_bus.cli.main import COMMANDS; [importlib.import_module(m) for m, _ in COMMANDS.values()]"
+WORKER = "import gym_bus.cli.worker, gym_bus.workers.main, gym_bus.workers"
+ROLES = {
+    "": "import gym_bus.messages, gym_bus.rewards",
+    "agent": f"""{WORKER}.agent; {EVERY_AGENT}
+import gym_bus.models.http, gym_bus.models.openai_client, gym_bus.models.replay, gym_bus.models.simulated""",
+    "verifier": f"""{WORKER}.verifier; {EVERY_VERIFIER}
+import gym_bus.cli.sandbox, gym_bus.verifiers.local_pool, gym_bus.verifiers.pool""",
+    "results": f"{WORKER}.recorder, gym_bus.results.profile",
+    "server": "import gym_bus.cli.bus, gym_bus.server; gym_bus.server.find_binary()",
+    "registry": """import gym_bus.benchmarks.stores_huggingface, gym_bus.benchmarks.stores_mlflow
+import huggingface_hub, mlflow""",
+    "analysis": """import gym_bus.cli.eval, gym_bus.cli.report, gym_bus.results.report.page
+import pandas, plotly, pyarrow, statsmodels""",
+    "cli": EVERY_COMMAND,
+}
+"""What runs with one extra alone: the command line of its role, and all that the role does."""
 
 
 def tracked() -> list[Path]:
@@ -62,6 +103,51 @@ def test_the_wheel_holds_every_part_with_its_data(tmp_path: Path) -> None:
     assert "gym_bus/__init__.py" not in names
 
 
+def installed_with(extra: str) -> set[str]:
+    """Names of the packages that `gym-bus[extra]` brings, by what pyproject.toml and the packages declare."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    seen: set[tuple[str, str]] = set()
+    todo = [("gym-bus", e) for e in {"", extra}]
+    while todo:
+        name, chosen = todo.pop()
+        if (name, chosen) in seen:
+            continue
+        seen.add((name, chosen))
+        if name == "gym-bus":
+            declared = project["optional-dependencies"][chosen] if chosen else project["dependencies"]
+        else:
+            declared = distribution(name).requires or []
+        for wanted in map(Requirement, declared):
+            if wanted.marker is None or wanted.marker.evaluate({"extra": chosen}):
+                todo += [(canonicalize_name(wanted.name), e) for e in {"", *wanted.extras}]
+    return {name for name, _ in seen}
+
+
+@pytest.mark.parametrize(("extra", "work"), ROLES.items(), ids=[extra or "base" for extra in ROLES])
+def test_a_role_needs_no_more_than_its_extra_installs(extra: str, work: str) -> None:
+    brought = installed_with(extra)
+    lacking = [
+        m for m, by in packages_distributions().items() if not brought & {canonicalize_name(name) for name in by}
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT + work, " ".join(lacking)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_command_says_what_to_install_where_an_install_has_too_little() -> None:
+    work = "sys.argv[1:] = ['list']; import gym_bus.cli; gym_bus.cli.start()"
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT + work, "click"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("error: this needs click, which is not installed: pip install 'gym-bus[cli]'")
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_shipped_configuration_loads(path: Path, tmp_path: Path) -> None:
     env = tmp_path / "env.yaml"
@@ -83,6 +169,7 @@ def test_every_command_in_the_compose_file_is_one_of_ours() -> None:
     assert set(services) == {"nats", "agent", "verifier", "results"}
     for name in ("agent", "verifier", "results"):
         assert services[name]["command"][:2] == ["worker", name]
+        worker.command.make_context("worker", services[name]["command"][1:])  # raises for an option that is not there
 
 
 def test_no_tracked_file_names_a_package_index() -> None:

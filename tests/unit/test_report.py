@@ -355,8 +355,23 @@ def test_the_progress_is_in_seconds_since_the_first_result(tmp_path: Path) -> No
 def test_the_waterfall_begins_each_stage_where_the_last_ended(tmp_path: Path) -> None:
     entries = entries_of(tmp_path, [[1.0, 0.0]])  # agents took 0 and 2 s, 0.5 s of it in the model
     (trace,) = times.figures(entries)["waterfall"]["data"]
-    assert trace["base"] == [0.0, 1.0, 1.5, 1.5, 2.25, 2.25, 2.25]
-    assert list(trace["x"]) == [1.0, 0.5, 0.0, 0.75, 0.0, 0.0, 0.25]
+    assert trace["base"] == [0.0, 1.0, 1.0, 1.5, 1.5, 2.25, 2.25, 2.25]
+    assert list(trace["x"]) == [1.0, 0.0, 0.5, 0.0, 0.75, 0.0, 0.0, 0.25]
+
+
+def test_waiting_for_an_endpoint_is_a_stage_of_its_own(tmp_path: Path) -> None:
+    timed = {"agent_s": 3.0, "model_queue_s": 1.25, "model_s": 1.5}
+    line = {"_ng_task_index": 0, "_ng_rollout_index": 0, "reward": 1.0, "gym_bus": {"timings": timed}}
+    write_lines(tmp_path / "rollouts.jsonl", line)
+    entries = read_entries([tmp_path])
+
+    (trace,) = times.figures(entries)["waterfall"]["data"]
+    (slow,) = times.slowest_rows(entries, {})
+
+    seconds = dict(zip(trace["y"], trace["x"], strict=True))
+    names = ("waiting for the model", "model", "rest of the agent")
+    assert [seconds[name] for name in names] == [1.25, 1.5, 0.25]
+    assert [(name, said) for name, said, _ in slow["parts"]][:2] == [("wait", "1.25 s"), ("model", "1.5 s")]
 
 
 def test_jobs_side_by_side_have_a_row_each_of_their_stages(tmp_path: Path) -> None:
@@ -386,7 +401,7 @@ def test_a_timing_that_a_row_lacks_took_no_time(tmp_path: Path) -> None:
 
     (trace,) = times.figures(read_entries([tmp_path]))["waterfall"]["data"]
 
-    assert list(trace["x"]) == [0.0, 1.5, 0.0, 0.5, 0.0, 0.0, 0.0]
+    assert list(trace["x"]) == [0.0, 0.0, 1.5, 0.0, 0.5, 0.0, 0.0, 0.0]
 
 
 def test_a_page_without_timings_says_so(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from gym_bus.bus.publish import Publisher
 from gym_bus.bus.pull import CLAIM_BYTES_HEADER, CLAIM_HEADER, FAILURE_HEADER, ID_HEADER
 from gym_bus.bus.state import State
 from gym_bus.bus.streams import Streams
-from gym_bus.bus.topology import MAX_MESSAGE_BYTES, ensure_replicas, ensure_stream, stream_configs
+from gym_bus.bus.topology import MAX_MESSAGE_BYTES, NO_ROOM, ensure_replicas, ensure_stream, stream_configs
 from gym_bus.bus.tries import Tries
 from gym_bus.deadline import within
 from gym_bus.errors import BusError, UsageError
@@ -39,8 +39,6 @@ HEADER_ROOM_BYTES = 4096
 _BUCKETS = (subjects.JOBS, subjects.WORKERS, subjects.LIMITS, subjects.TRAINERS)
 _STORE_BUSY = 10049
 """err_code: the files of a stream cannot be made; those of one that was deleted may be in the way."""
-_NO_ROOM = (10023, 10047)
-"""err_codes of a server without the disk or the memory that streams reserve."""
 
 
 class Bus:
@@ -246,9 +244,10 @@ def _what_to_check(error: Exception) -> str:
 
 
 def _remedy(error: Exception) -> str:
-    if getattr(error, "err_code", 0) in _NO_ROOM:
+    if getattr(error, "err_code", 0) in NO_ROOM:
         return (
-            "the streams reserve their max_bytes: lower bus.{requests,attempts,results}.max_bytes, or give it more disk"
+            "the streams reserve their max_bytes: lower bus.{requests,attempts,results}.max_bytes, or give it more "
+            "disk, with bus.storage=memory more memory; configs/memory.yaml has limits for a local server"
         )
     return "gym_bus needs nats-server 2.11 or newer with JetStream enabled (`nats-server -js`)"
 

@@ -14,8 +14,10 @@ DEDUPE_WINDOW_S = 120.0
 MAX_MESSAGE_BYTES = 8 * MiB
 DELIVERIES = "gym.delivery"
 """What workers note of single deliveries: that work on one began, or that it was handed back."""
-_OTHER_SETTINGS = 10058
-"""err_code: the stream exists, not as it was asked for."""
+_OTHER_SETTINGS, _NO_SUCH_STREAM = 10058, 10059
+"""err_codes: the stream exists, not as it was asked for; it does not exist."""
+NO_ROOM = (10023, 10028, 10047)
+"""err_codes of a server without the disk or the memory that streams reserve."""
 
 
 def stream_configs(config: BusConfig) -> list[api.StreamConfig]:
@@ -67,9 +69,20 @@ async def ensure_stream(js: JetStreamContext, config: api.StreamConfig) -> None:
     try:
         await js.add_stream(config)
     except APIError as e:
-        if e.err_code != _OTHER_SETTINGS:
+        if e.err_code == _OTHER_SETTINGS:
+            await js.update_stream(config)
+        elif e.err_code in NO_ROOM:
+            await _update_what_is_there(js, config, e)
+        else:
             raise
+
+
+async def _update_what_is_there(js: JetStreamContext, config: api.StreamConfig, refusal: APIError) -> None:
+    """The server asks for room twice before it sees that it has the stream already."""
+    try:
         await js.update_stream(config)
+    except APIError as e:
+        raise (refusal if e.err_code == _NO_SUCH_STREAM else e) from None
 
 
 async def ensure_replicas(js: JetStreamContext, name: str, replicas: int) -> None:

@@ -321,12 +321,16 @@ def _download_missing(
 @click.option("-i", "--input", "source", type=click.Path(path_type=Path), required=True, help="Rows without input.")
 @click.option("--prompt-config", type=click.Path(path_type=Path), required=True, help="YAML with `user` and `system`.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Rows with it.")
-def render(source: Path, prompt_config: Path, output: Path) -> None:
+@common.json_option
+def render(source: Path, prompt_config: Path, output: Path, as_json: bool) -> None:
     """Build each row's responses_create_params.input from a prompt; everything else in the row stays."""
     from gym_bus.benchmarks.render import render as render_file
 
     rows = render_file(source, prompt_config, output)
-    click.echo(f"{output}: {rows:,} rows")
+    if as_json:
+        common.print_json({"file": str(output), "rows": rows})
+    else:
+        click.echo(f"{output}: {rows:,} rows")
 
 
 @command.command("upload")
@@ -467,7 +471,10 @@ def _count(path: Path) -> int:
 @artifact_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @common.config_option
-def rm(storage: str, name: str, version: str, artifact: str, yes: bool, config_files: tuple[str, ...]) -> None:
+@common.json_option
+def rm(
+    storage: str, name: str, version: str, artifact: str, yes: bool, config_files: tuple[str, ...], as_json: bool
+) -> None:
     """Take a data set out of a registry; with --version or --artifact only that version or file of it."""
     from gym_bus.benchmarks.stores import Place, open_store
 
@@ -477,7 +484,10 @@ def rm(storage: str, name: str, version: str, artifact: str, yes: bool, config_f
     if not yes and not sys.stdin.isatty():
         raise UsageError(f"{what} would be removed from {storage} for good: say --yes, for nobody can be asked here")
     if not yes and not click.confirm(f"remove {what} from {storage} for good?", err=True):
-        click.echo("nothing is removed")
+        click.echo("nothing is removed", err=as_json)
         return
     removed = store.remove(Place(name=name, version=version, file=artifact))
-    click.echo(f"{storage}: {removed} is removed")
+    if as_json:
+        common.print_json({"storage": storage, "removed": removed})
+    else:
+        click.echo(f"{storage}: {removed} is removed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -80,7 +81,8 @@ class Live:
             self._said_at = time.monotonic()
             for run in self._runs.values():
                 if run.recorded < run.total or len(self._runs) == 1:
-                    click.echo(f"{run.job_name}: {run.recorded} of {run.total}, {self._state(run)}", err=True)
+                    counts = f"{run.recorded} of {run.total}"
+                    click.echo(f"{run.job_name}: {counts}, {self._state(run)}{_left(run)}", err=True)
 
     @staticmethod
     def _state(run: RunProgress) -> str:
@@ -95,6 +97,11 @@ class Live:
         self._runs.clear()
         if self._bars is not None:
             self._bars.stop()
+
+
+def _left(run: RunProgress) -> str:
+    """Words for the time to the end, if the rate stays what it is; nothing where there is no rate yet."""
+    return f" · {timedelta(seconds=round((run.total - run.recorded) / run.rate))} left" if run.finished else ""
 
 
 def _every(period_s: float, action: Any) -> None:

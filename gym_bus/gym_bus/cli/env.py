@@ -37,14 +37,19 @@ def command() -> None:
 @click.option(
     "--folder", type=click.Path(path_type=Path), default=Path(), help="Where the folder NAME is made; default: here."
 )
-def init(name: str, kind: str, folder: Path) -> None:
+@common.json_option
+def init(name: str, kind: str, folder: Path, as_json: bool) -> None:
     """Make the folder of a new benchmark, which runs and passes its tests at once."""
     from gym_bus.benchmarks import scaffold
 
     made = scaffold.init(name, kind, folder)
     place = folder / name
     shown = f"{place}" if place.is_absolute() else f"./{place}"
-    for file in sorted(path.relative_to(made.folder) for path in made.folder.rglob("*") if path.is_file()):
+    files = sorted(path.relative_to(made.folder) for path in made.folder.rglob("*") if path.is_file())
+    if as_json:
+        common.print_json({"name": name, "kind": kind, "folder": str(place), "files": [str(place / f) for f in files]})
+        return
+    for file in files:
         click.echo(f"{place / file}")
     click.echo(f"\nnext:\n  gym-bus env test {shown}\n  gym-bus env audit {shown}")
     click.echo(f"  gym-bus eval run {shown} --split example --replay {place}/data/example_replay.jsonl")

@@ -210,7 +210,7 @@ async def _watch(config: Config, job: str, *, as_json: bool) -> Status:
         while True:
             record = await find_job(bus, job)
             now = await job_status(bus, record)
-            click.echo(msgspec.json.encode(now).decode() if as_json else display.status_line(now))
+            click.echo(msgspec.json.encode(now) if as_json else display.status_line(now))
             if record.over and now.in_flight == 0:
                 return now
             await asyncio.sleep(POLL_S)

@@ -62,12 +62,15 @@ def _likeness(query: str, row: Row) -> float:
 
 
 def _every_word(query: str, text: str) -> float:
-    """Every word of the query must be like some word of the text."""
-    return min((_best_word(word, text) for word in query.split()), default=0.0)
+    """Every word of the query must be like some word of the text; `grade-school` is two."""
+    from rapidfuzz import utils
+
+    wanted, words = (utils.default_process(one).split() for one in (query, text))
+    return min((_best_word(word, words) for word in wanted), default=0.0)
 
 
-def _best_word(word: str, text: str) -> float:
-    from rapidfuzz import fuzz, process, utils
+def _best_word(word: str, words: list[str]) -> float:
+    from rapidfuzz import fuzz, process
 
-    best = process.extractOne(word, text.split(), scorer=fuzz.ratio, processor=utils.default_process)
+    best = process.extractOne(word, words, scorer=fuzz.ratio)
     return best[1] if best else 0.0

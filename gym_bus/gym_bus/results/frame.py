@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 Paths = str | Path | Sequence[str | Path]
 
-TIMINGS = ("request_queue_s", "agent_s", "model_s", "tools_s", "publish_s", "attempt_queue_s", "verify_s")
+TIMINGS = (
+    *("request_queue_s", "agent_s", "model_queue_s", "model_s", "tools_s"),
+    *("publish_s", "attempt_queue_s", "verify_s"),
+)
 """Seconds per stage; `gym_bus.messages.Timings` says what each is."""
 NOT_FIELDS = COMPOSED | {"responses_create_params", "agent_ref", "skills_ref"}
 """Keys of a line that are no fields of the row or of the verifier."""
@@ -125,6 +128,7 @@ class _Usage(msgspec.Struct, frozen=True):
 class _Timings(msgspec.Struct, frozen=True):
     request_queue_s: float = nan
     agent_s: float = nan
+    model_queue_s: float = nan
     model_s: float = nan
     model_calls: float = nan
     tools_s: float = nan

@@ -43,6 +43,29 @@ zygote._namespaces, zygote._clean = place, lambda place: True
 zygote.main()
 """
 
+_MANAGED = """
+import io, json, multiprocessing, sys, time
+context = multiprocessing.get_context("fork")
+
+def check(source, stdin, stdout, found):
+    sys.stdin, sys.stdout = io.StringIO(stdin), io.StringIO()
+    exec(source, {})
+    found.append(sys.stdout.getvalue() == stdout)
+
+times = []
+for _ in range(int(sys.argv[1])):
+    at = time.monotonic()
+    with context.Manager() as manager:
+        found = manager.list()
+        process = context.Process(target=check, args=(*sys.argv[2:], found))
+        process.start()
+        process.join(60)
+        assert list(found) == [True]
+    times.append(time.monotonic() - at)
+json.dump(times, sys.stdout)
+"""
+"""NeMo Gym's code_gen checks like this: a manager and a process of its own per check, forked from what is running."""
+
 
 class Bare(Zygote):
     """The same zygote without namespaces, another user, dropped capabilities, filter and scratch folder."""
@@ -152,6 +175,13 @@ def subprocesses(name: str, command: list[str], count: int) -> Rate:
     return _rate(name, time.monotonic() - started, sorted(times))
 
 
+def managers(count: int) -> Rate:
+    """A manager and a process per check, in the way of NeMo Gym's code_gen but without its imports."""
+    command = [sys.executable, "-I", "-c", _MANAGED, str(count), SOURCE, STDIN.decode(), STDOUT.decode()]
+    times = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return _rate("a process and a manager per check, as NeMo Gym's code_gen", sum(times), sorted(times))
+
+
 async def without_isolation(count: int) -> Rate:
     """Single programs in a slot that isolates nothing; for comparison alone."""
     slot = Slot()
@@ -214,6 +244,7 @@ async def measure_sandbox(count: int = 600, *, pools: bool = True) -> SandboxRep
     if bwrap := shutil.which("bwrap"):
         jail = [bwrap, "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", *plain]
         rates.append(await asyncio.to_thread(subprocesses, "bwrap and python -I -S -E", jail, count // 6))
+    rates.append(await asyncio.to_thread(managers, count // 20))
     rates.append(bare := await without_isolation(count))
     if pools:
         rates += [await through_pool(2 * count, "local"), await through_pool(2 * count, "ray")]

@@ -16,6 +16,7 @@ from gym_bus.results.statistics import Floats
 
 STAGES = {
     "request_queue_s": "waiting for an agent",
+    "model_queue_s": "waiting for the model",
     "model_s": "model",
     "tools_s": "tools",
     "other_s": "rest of the agent",
@@ -27,6 +28,7 @@ STAGES = {
 
 STAGE_COLOURS = {
     "request_queue_s": "#c3cad6",
+    "model_queue_s": "#b9cdf5",
     "model_s": "#4c78f0",
     "tools_s": "#d99a12",
     "other_s": "#9aa1ad",
@@ -56,7 +58,8 @@ def stage_seconds(entry: Entry) -> dict[str, Floats]:
     frame = entry.frame[(entry.frame["outcome"] == "scored").to_numpy() & (entry.work_s > 0)]
     # Another tool's rows may lack some of the timings: they took no time that is known.
     taken = {name: np.nan_to_num(frame[name].to_numpy(float)) for name in (*STAGES, "agent_s") if name in frame}
-    taken["other_s"] = np.maximum(0.0, taken["agent_s"] - taken["model_s"] - taken["tools_s"])
+    known = taken["model_queue_s"] + taken["model_s"] + taken["tools_s"]
+    taken["other_s"] = np.maximum(0.0, taken["agent_s"] - known)
     return {name: taken[name] for name in STAGES}
 
 
@@ -212,6 +215,8 @@ def slowest_rows(entries: Sequence[Entry], places: Mapping[tuple[int, int, int],
 
 
 def _parts(row: Any) -> dict[str, float]:
-    model, tools, agent = (float(row[name]) for name in ("model_s", "tools_s", "agent_s"))
-    parts = {"model": model, "tools": tools, "rest": max(0.0, agent - model - tools), "verify": float(row["verify_s"])}
+    wait, model, tools, agent = (float(row[name]) for name in ("model_queue_s", "model_s", "tools_s", "agent_s"))
+    wait = 0.0 if wait != wait else wait  # rows of older versions do not say
+    rest = max(0.0, agent - wait - model - tools)
+    parts = {"wait": wait, "model": model, "tools": tools, "rest": rest, "verify": float(row["verify_s"])}
     return {name: value for name, value in parts.items() if value == value}

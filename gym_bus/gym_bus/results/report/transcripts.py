@@ -71,7 +71,8 @@ class _Source:
         }
         if failed:
             made["failure"] = _failure(line)
-        stages = {name.removesuffix("_s"): _rounded(row[name]) for name in (*QUEUED, *WORKED, "model_s", "tools_s")}
+        names = (*QUEUED, *WORKED, "model_queue_s", "model_s", "tools_s")
+        stages = {name.removesuffix("_s"): _rounded(row[name]) for name in names}
         made["stages"] = {name: seconds for name, seconds in stages.items() if seconds}
         return made | _told_and_said(line, given) | _fields(line, given)
 
