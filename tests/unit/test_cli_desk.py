@@ -67,7 +67,7 @@ def test_benchmarks_are_listed_with_what_they_are_and_whether_their_data_is_ther
         "name": "gsm8k",
         "domain": "math",
         "description": "Grade-school word problems; the final number is compared with the reference.",
-        "verified": False,
+        "verified": True,
         "agent": "simple",
         "verifier": "math",
         "toolbox": "",

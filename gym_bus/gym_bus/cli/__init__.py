@@ -1,10 +1,6 @@
 """The `gym-bus` command."""
 
 import sys
-from importlib.metadata import requires
-
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 
 def start() -> None:
@@ -15,10 +11,19 @@ def start() -> None:
         main()
     except ModuleNotFoundError as e:
         package = (e.name or "").partition(".")[0]
-        if canonicalize_name(package) not in {
-            canonicalize_name(Requirement(r).name) for r in requires("gym-bus") or ()
-        }:
+        if not _is_declared(package):
             raise
         extras = "pip install 'gym-bus[cli]', or the extra of one role (agent, verifier, results, server)"
         print(f"error: this needs {package}, which is not installed: {extras}", file=sys.stderr)
         sys.exit(2)
+
+
+def _is_declared(package: str) -> bool:
+    """Whether some extra has it."""
+    from importlib.metadata import requires  # these two take longer than a short command
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    declared = {canonicalize_name(Requirement(text).name) for text in requires("gym-bus") or ()}
+    return canonicalize_name(package) in declared
