@@ -143,14 +143,12 @@ class _Held:
             self._read_bytes -= lease.size_bytes if lease.read else 0
 
 
-class Group:
+class _Outcomes:
     """The outcomes of one task's rollouts. Rewards are of scored rollouts only; failures stand beside them."""
 
-    def __init__(self, stream: RewardStream, task_index: int, size: int, outcomes: Iterable[Result]) -> None:
-        self._stream = stream
+    def __init__(self, task_index: int, size: int, outcomes: list[Result]) -> None:
         self.task_index, self.size = task_index, size
-        outcomes = sorted(outcomes, key=lambda r: r.rollout.rollout_index)
-        self._rollouts = [r.rollout for r in outcomes]
+        self._outcomes = outcomes
         self.results: list[Scored] = [r for r in outcomes if isinstance(r, Scored)]
         self.failures: list[Failed] = [r for r in outcomes if isinstance(r, Failed)]
 
@@ -159,13 +157,33 @@ class Group:
         """One reward per scored rollout, in the order of `results`; a failure contributes none."""
         return [r.reward for r in self.results]
 
+
+class Group(_Outcomes):
+    """The outcomes of one task's rollouts, of a stream in an event loop."""
+
+    def __init__(self, stream: RewardStream, task_index: int, size: int, outcomes: Iterable[Result]) -> None:
+        super().__init__(task_index, size, sorted(outcomes, key=lambda r: r.rollout.rollout_index))
+        self._stream = stream
+
     async def ack(self) -> None:
         """The trainer has used the group: it never comes again.
 
         Raises:
             BusError: the broker did not confirm; the group may come again, and acking it once more can help.
         """
-        await self._stream._commit(self.task_index, self._rollouts)
+        await self._stream._commit(self.task_index, [r.rollout for r in self._outcomes])
+
+
+class SyncGroup(_Outcomes):
+    """The outcomes of one task's rollouts, for trainers without an event loop."""
+
+    def __init__(self, stream: SyncRewardStream, group: Group) -> None:
+        super().__init__(group.task_index, group.size, group._outcomes)
+        self._stream, self._group = stream, group
+
+    def ack(self) -> None:
+        """As `Group.ack`. Raises UsageError where the stream was closed."""
+        self._stream._do(self._group.ack())
 
 
 class _Partial:
@@ -234,6 +252,7 @@ class RewardStream:
         self._tries: dict[str, int] = {}
         self._moved_at: float | None = None
         self._heartbeat: asyncio.Task[None] | None = None
+        self._used = False
 
     @property
     def _consumer(self) -> str:
@@ -542,11 +561,22 @@ class SyncRewardStream:
     with SyncRewardStream("nats://127.0.0.1:4222", job=..., group_size=8, durable="learner") as stream:
         for group in stream:
             learn(group.rewards)
-            stream.ack(group)
+            group.ack()
+
+    Iterating a `RewardStream` without `async` does the same; this one says when it is closed.
     """
 
     def __init__(self, nats: str, **options: Any) -> None:
-        self._stream = RewardStream(nats, **options)
+        self._open(RewardStream(nats, **options))
+
+    @classmethod
+    def _of(cls, stream: RewardStream) -> SyncRewardStream:
+        made = cls.__new__(cls)
+        made._open(stream)
+        return made
+
+    def _open(self, stream: RewardStream) -> None:
+        self._stream = stream
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -576,18 +606,20 @@ class SyncRewardStream:
 
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
         if self._loop is None:
-            raise UsageError("the stream is not open: use `with SyncRewardStream(...) as stream`")
+            work.close()
+            raise UsageError("the stream is not open: use `with SyncRewardStream(...) as stream`, and ack within it")
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _stop(self) -> None:
         if self._loop and self._thread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=10)
+            self._loop = None
 
-    def __iter__(self) -> Iterator[Group]:
+    def __iter__(self) -> Iterator[SyncGroup]:
         while (group := self._do(self._stream.next())) is not None:
-            yield group
+            yield SyncGroup(self, group)
 
-    def ack(self, group: Group) -> None:
+    def ack(self, group: SyncGroup) -> None:
         """The trainer has used the group."""
-        self._do(group.ack())
+        group.ack()

@@ -17,6 +17,9 @@ from gym_bus.models.api import CallInfo, Model, Reply
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+MakeClient = Callable[[CallInfo, Callable[[Usage], None]], "AsyncOpenAI"]
+"""The official client for the calls of one rollout, and who is told their tokens."""
+
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
     """One rollout to generate."""
@@ -35,6 +38,10 @@ class Produced(msgspec.Struct, frozen=True, kw_only=True):
 
     response: bytes
     """The final Responses object, JSON: `output` holds the items of all steps, `usage` their sum."""
+    usage: Usage | None = None
+    """Tokens of the whole rollout, in place of those that the context has accounted; None for the context's. An agent
+    says them where its library asks a model in a way that the context does not see. They are not added to the context's,
+    and the `usage` within `response` is added to neither."""
     extra: dict[str, Any] = {}
     """Fields the agent adds to the result row; JSON values only."""
 
@@ -42,11 +49,10 @@ class Produced(msgspec.Struct, frozen=True, kw_only=True):
 class Context:
     """What one rollout may use, and the account of what it used."""
 
-    def __init__(
-        self, model: Model, rollout: RolloutId, number: int, limit_s: float, client: Callable[[], AsyncOpenAI]
-    ) -> None:
+    def __init__(self, model: Model, rollout: RolloutId, number: int, limit_s: float, client: MakeClient) -> None:
         self._model, self._rollout, self._number = model, rollout, number
-        self._client = client
+        self._make_client = client
+        self._client: AsyncOpenAI | None = None
         self._deadline = time.monotonic() + limit_s
         self._limit_s = limit_s
         self._step = 0
@@ -69,8 +75,7 @@ class Context:
         left = self.left_s
         if left <= 0:
             raise DeadlineExceeded(f"the rollout ran past its {self._limit_s:g} s")
-        timings = self.timings
-        info = CallInfo(rollout=self._rollout, number=self._number, step=self._step, limit_s=left, timings=timings)
+        timings, info = self.timings, self._info(left)
         self._step += 1
         timings.model_calls += 1
         activity.note(f"model call {self._step}")
@@ -79,11 +84,19 @@ class Context:
             reply = await self._model.respond(params, info)
         finally:
             timings.model_s += time.monotonic() - started - (timings.model_queue_s - queued_s)
-        self.usage = add_usage(self.usage, reply.usage)
+        self._used(reply.usage)
         if reply.call is not None:
             self.calls.append(reply.call)
         activity.note(f"agent, after model call {self._step}")
         return reply
+
+    def _info(self, left_s: float) -> CallInfo:
+        return CallInfo(
+            rollout=self._rollout, number=self._number, step=self._step, limit_s=left_s, timings=self.timings
+        )
+
+    def _used(self, usage: Usage) -> None:
+        self.usage = add_usage(self.usage, usage)
 
     def tool_call_key(self, call: int) -> str:
         """Names the `call`-th tool call (from 0) that the last reply asks for: the same at every delivery."""
@@ -99,8 +112,14 @@ class Context:
             self.timings.tools_s += time.monotonic() - started
 
     def openai(self) -> AsyncOpenAI:
-        """The official client for the rollout's model, over the worker's own connections: for external libraries."""
-        return self._client()
+        """The official client for the rollout's model, over the worker's own connections: for external libraries.
+
+        Its calls carry the rollout's header, and their time and tokens are accounted as those of `respond`, but for
+        token ids. The same client at every call; closing it closes no connection.
+        """
+        if self._client is None:
+            self._client = self._make_client(self._info(self.left_s), self._used)
+        return self._client
 
 
 class Agent(Protocol):

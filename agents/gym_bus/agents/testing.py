@@ -49,5 +49,5 @@ async def play(agent: Agent, row: bytes, model: Model, *, task_index: int = 0, l
     return await agent.run(Task(rollout=rollout, row=decoded, params=params), context)
 
 
-def _no_client() -> NoReturn:
+def _no_client(*_: object) -> NoReturn:
     raise RequestRefused("a test's model has no endpoint for the openai package: give the library context.respond")

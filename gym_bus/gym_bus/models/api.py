@@ -38,6 +38,12 @@ class CallInfo(msgspec.Struct, frozen=True, kw_only=True):
     timings: Timings = msgspec.field(default_factory=Timings)
     """The rollout's account, to which the model adds the seconds in which it waits instead of asking."""
 
+    @property
+    def identity(self) -> str:
+        """`job/task/rollout/attempt`, as the rollout header says it."""
+        r = self.rollout
+        return f"{r.job}/{r.task_index}/{r.rollout_index}/{self.number}"
+
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
     """One answered model call."""

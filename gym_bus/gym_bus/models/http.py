@@ -54,9 +54,7 @@ class OpenAIModel:
         body = self._body(params)
         headers = self._headers
         if self._config.rollout_header:
-            r = info.rollout
-            identity = f"{r.job}/{r.task_index}/{r.rollout_index}/{info.number}"
-            headers = {**headers, self._config.rollout_header: identity}
+            headers = {**headers, self._config.rollout_header: info.identity}
         call = HttpCall(body, headers, params, info)
         try:  # the first try takes the short way: retrying costs nothing until it is needed
             return await self._try(call)

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Protocol
 import aiohttp
 
 from gym_bus.errors import UsageError, did_you_mean
-from gym_bus.models.api import Model
+from gym_bus.messages import Usage
+from gym_bus.models.api import CallInfo, Model
 from gym_bus.models.gate import Alone, Gate, endpoint_key
 from gym_bus.settings import ModelConfig
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
+
+    from gym_bus.models.openai_client import Clients
 
 KEEPALIVE_S = 60.0
 DNS_CACHE_S = 300
@@ -72,7 +75,7 @@ class Models:
         self.on_room: Callable[[], None] = lambda: None
         """Called where calls that waited for their turn were let in."""
         self._models: dict[str, Model] = {}
-        self._clients: dict[str, AsyncOpenAI] = {}
+        self._clients: dict[str, Clients] = {}
         self._session: aiohttp.ClientSession | None = None
 
     def _config(self, name: str) -> ModelConfig:
@@ -113,14 +116,20 @@ class Models:
         """Whether so many calls wait for their turn that further rollouts would only wait with them."""
         return any(gate.crowded for gate in self._open_gates.values())
 
-    def client(self, name: str) -> AsyncOpenAI:
-        """The official client for a model, over the same connections; for code that wants one."""
+    def client(self, name: str, info: CallInfo, on_usage: Callable[[Usage], None]) -> AsyncOpenAI:
+        """The official client for one rollout's calls of a model, over the same connections; for code that wants one.
+
+        Args:
+            name: of the model.
+            info: whose calls they are, with the timings to which they add.
+            on_usage: told the tokens of each call that says them.
+        """
         if name not in self._clients:
-            from gym_bus.models.openai_client import make_openai_client
+            from gym_bus.models.openai_client import Clients
 
             config = self._config(name)
-            self._clients[name] = make_openai_client(name, config, self.session(), self._gate(config))
-        return self._clients[name]
+            self._clients[name] = Clients(name, config, self.session(), self._gate(config))
+        return self._clients[name].client(info, on_usage)
 
     def session(self) -> aiohttp.ClientSession:
         """The process's one HTTP session, opened in the running loop on first use."""

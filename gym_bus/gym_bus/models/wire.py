@@ -148,6 +148,19 @@ class WireChat(msgspec.Struct, frozen=True):
         return _plain(self.usage, chat_usage_decoder)
 
 
+class PassingReply(msgspec.Struct, frozen=True):
+    """A reply to somebody else, or an event of a streamed one, of which only the usage matters."""
+
+    usage: msgspec.Raw = _NO_USAGE
+    response: PassingReply | None = None
+    """In events of the Responses API: the object as it is so far."""
+
+    def plain_usage(self, *, chat: bool) -> Usage | None:
+        """None where there is none, or none that can be read."""
+        usage = self.response.usage if self.response else self.usage
+        return _plain(usage, chat_usage_decoder if chat else responses_usage_decoder)
+
+
 class TokenItem(msgspec.Struct, frozen=True):
     """The token arrays that NeMo Gym's model servers put on the last output item of a call."""
 
@@ -170,4 +183,5 @@ responses_usage_decoder = msgspec.json.Decoder(ResponsesUsage | None)
 chat_usage_decoder = msgspec.json.Decoder(ChatUsage | None)
 response_decoder = msgspec.json.Decoder(WireResponse)
 chat_decoder = msgspec.json.Decoder(WireChat)
+passing_decoder = msgspec.json.Decoder(PassingReply)
 token_item_decoder = msgspec.json.Decoder(TokenItem)

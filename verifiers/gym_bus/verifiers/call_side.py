@@ -68,9 +68,10 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 def _other_number(value: Any) -> Any:
-    for convert in (operator.index, float):
-        with contextlib.suppress(TypeError):
-            return convert(value)
+    for method, convert in (("__index__", operator.index), ("__float__", float)):
+        if hasattr(type(value), method):  # `float` also reads text
+            with contextlib.suppress(TypeError):
+                return convert(value)
     raise TypeError(f"a {type(value).__name__} is no plain data")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -60,7 +61,7 @@ class AgentWorker:
             agent = self._agent(message.agent, message.agent_options)
             model = self._models.get(message.model)
             context = Context(
-                model, message.rollout, message.number, limit_s, lambda: self._models.client(message.model)
+                model, message.rollout, message.number, limit_s, partial(self._models.client, message.model)
             )
             task = _task(message)
             produced = await _within(agent.run(task, context), limit_s)
@@ -95,7 +96,7 @@ class AgentWorker:
                 version_end=request.policy_version,
                 temperature=temperature if isinstance(temperature, int | float) else None,
             ),
-            usage=context.usage,
+            usage=context.usage if produced.usage is None else produced.usage,
             calls=tuple(context.calls),
             extra=msgspec.json.encode(produced.extra) if produced.extra else b"{}",
             timings=context.timings,
