@@ -5,6 +5,10 @@
             learn(group.rewards)
             await group.ack()
 
+    for group in RewardStream(...):  # without an event loop
+        learn(group.rewards)
+        group.ack()
+
 A group is handed out when every rollout of its task has an outcome. What the trainer has not acked when it dies comes
 again; what it has acked never does, whatever the trainer or the server forgets.
 """
@@ -252,7 +256,7 @@ class RewardStream:
         self._tries: dict[str, int] = {}
         self._moved_at: float | None = None
         self._heartbeat: asyncio.Task[None] | None = None
-        self._used = False
+        self._opened = False
 
     @property
     def _consumer(self) -> str:
@@ -275,6 +279,7 @@ class RewardStream:
             BusError: no server there.
             UsageError: no such job.
         """
+        self._opened = True
         self._bus = self._nats if isinstance(self._nats, Bus) else await Bus.connect(BusConfig(), url=self._nats)
         try:
             await self._open(self._bus)
@@ -341,6 +346,27 @@ class RewardStream:
     async def __aiter__(self) -> AsyncIterator[Group]:
         while (group := await self.next()) is not None:
             yield group
+
+    def __iter__(self) -> Iterator[SyncGroup]:
+        """For trainers without an event loop: opens the stream, and closes it when the loop over it is left.
+
+        A group is acked within the loop; `SyncRewardStream` stays open for later.
+
+        Raises:
+            UsageError: an event loop is running, the stream was opened before, or it is one over a `Bus`.
+        """
+        if _in_event_loop():
+            raise UsageError("an event loop is running: use `async with RewardStream(...) as stream` and `async for`")
+        if self._opened:
+            raise UsageError("the stream was opened before: make another with the same `durable`, which resumes")
+        if isinstance(self._nats, Bus):
+            raise UsageError("a Bus serves its own event loop only: give the address of the NATS server")
+        self._opened = True
+        return self._without_loop()
+
+    def _without_loop(self) -> Iterator[SyncGroup]:
+        with SyncRewardStream(self) as stream:
+            yield from stream
 
     async def next(self, limit_s: float | None = None) -> Group | None:
         """The next complete group; None when the job is over, or when none came within `limit_s` seconds.
@@ -555,6 +581,14 @@ class RewardStream:
             self._committed.add(first, end)
 
 
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 class SyncRewardStream:
     """`RewardStream` for trainers without an event loop: a plain iterator, the bus in a thread of its own.
 
@@ -566,17 +600,9 @@ class SyncRewardStream:
     Iterating a `RewardStream` without `async` does the same; this one says when it is closed.
     """
 
-    def __init__(self, nats: str, **options: Any) -> None:
-        self._open(RewardStream(nats, **options))
-
-    @classmethod
-    def _of(cls, stream: RewardStream) -> SyncRewardStream:
-        made = cls.__new__(cls)
-        made._open(stream)
-        return made
-
-    def _open(self, stream: RewardStream) -> None:
-        self._stream = stream
+    def __init__(self, nats: str | RewardStream, **options: Any) -> None:
+        """As a RewardStream of the same arguments, or over one that was not opened yet."""
+        self._stream = nats if isinstance(nats, RewardStream) else RewardStream(nats, **options)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -535,3 +536,61 @@ async def test_a_synchronous_trainer_iterates_without_an_event_loop(bus: Bus, na
         return rewards
 
     assert sorted(await asyncio.to_thread(train)) == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0]
+
+
+def trained(url: str, take: int) -> list[int]:
+    """The tasks that a trainer with a plain loop acks, before it leaves the loop at the group after them."""
+    acked: list[int] = []
+    for group in RewardStream(url, job="job", group_size=2, durable="a"):
+        if len(acked) == take:
+            break
+        group.ack()
+        acked.append(group.task_index)
+    return acked
+
+
+async def test_a_plain_loop_closes_its_stream_and_is_resumed_with_what_was_not_acked(
+    bus: Bus, nats_server: NatsServer
+) -> None:
+    await a_job(bus, 5, all_scored(5))
+
+    first = await asyncio.to_thread(trained, nats_server.url, 2)
+    assert not [thread for thread in threading.enumerate() if thread.name == "reward stream"]
+    rest = await asyncio.to_thread(trained, nats_server.url, 5)
+
+    assert (len(first), sorted(first + rest)) == (2, [0, 1, 2, 3, 4])
+
+
+async def test_a_loop_that_an_error_ends_acks_nothing(bus: Bus, nats_server: NatsServer) -> None:
+    await a_job(bus, 1, all_scored(1))
+
+    def fail() -> None:
+        for _ in RewardStream(nats_server.url, job="job", group_size=2, durable="a"):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.to_thread(fail)
+    assert await asyncio.to_thread(trained, nats_server.url, 1) == [0]
+
+
+async def test_a_group_is_not_acked_once_its_plain_loop_is_over(bus: Bus, nats_server: NatsServer) -> None:
+    await a_job(bus, 1, all_scored(1))
+    stream = RewardStream(nats_server.url, job="job", group_size=2, durable="a")
+
+    groups = await asyncio.to_thread(list, stream)
+
+    with pytest.raises(UsageError, match="ack within it"):
+        groups[0].ack()
+    with pytest.raises(UsageError, match="was opened before: make another"):
+        await asyncio.to_thread(iter, stream)
+
+
+async def test_a_plain_loop_where_it_cannot_work_says_what_to_do(bus: Bus, nats_server: NatsServer) -> None:
+    await a_job(bus, 1, all_scored(1))
+    with pytest.raises(UsageError, match="use `async with"):
+        iter(RewardStream(nats_server.url, job="job", durable="a"))
+    with pytest.raises(UsageError, match="give the address"):
+        await asyncio.to_thread(iter, RewardStream(bus, job="job", durable="a"))
+    async with RewardStream(nats_server.url, job="job", durable="a") as stream:
+        with pytest.raises(UsageError, match="was opened before"):
+            await asyncio.to_thread(iter, stream)

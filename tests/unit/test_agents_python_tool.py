@@ -7,6 +7,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -329,7 +330,7 @@ async def context_of(endpoint: Scripted) -> AsyncIterator[Context]:
     runner, port = await serve(app, "127.0.0.1", 0)
     models = Models({"m": ModelConfig(base_url=f"http://127.0.0.1:{port}/v1")})
     try:
-        yield Context(models.get("m"), ROLLOUT, 1, 60.0, lambda: models.client("m"))
+        yield Context(models.get("m"), ROLLOUT, 1, 60.0, partial(models.client, "m"))
     finally:
         await models.close()
         await runner.cleanup()

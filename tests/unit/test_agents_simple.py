@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -110,7 +111,7 @@ async def context_of(endpoint: Endpoint, limit_s: float = 60.0) -> AsyncIterator
     retry = RetryConfig(server_error=0, timeout=0)
     models = Models({"m": ModelConfig(base_url=f"http://127.0.0.1:{port}/v1", retry=retry)})
     try:
-        yield Context(models.get("m"), ROLLOUT, 1, limit_s, lambda: models.client("m"))
+        yield Context(models.get("m"), ROLLOUT, 1, limit_s, partial(models.client, "m"))
     finally:
         await models.close()
         await runner.cleanup()
@@ -459,7 +460,7 @@ class LateModel:
         """Nothing is held."""
 
 
-def no_client() -> Any:
+def no_client(*_: object) -> Any:
     raise AssertionError("nobody asked for a client")
 
 
@@ -475,7 +476,8 @@ async def test_no_tool_is_started_after_the_deadline() -> None:
 async def test_an_agent_may_use_the_official_client_of_its_model() -> None:
     async with context_of(Endpoint(response(says("2"), usage=None))) as context:
         made = await context.openai().responses.create(model="m", input="1+1?")
-    assert made.output_text == "2"
+        assert context.openai() is context.openai()
+    assert (made.output_text, context.timings.model_calls, context.usage) == ("2", 1, Usage())
 
 
 @pytest.mark.parametrize(

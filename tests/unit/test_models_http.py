@@ -409,7 +409,7 @@ async def test_the_official_client_runs_over_our_connections(stream: bool) -> No
     runner, port = await serve(app, "127.0.0.1", 0)
     models = Models({"m": ModelConfig(base_url=f"http://127.0.0.1:{port}/v1")})
     try:
-        client = models.client("m")
+        client = models.client("m", INFO, lambda usage: None)
         messages: Any = [{"role": "user", "content": "hi"}]
         if stream:
             found = [

@@ -14,10 +14,17 @@ import pytest
 from aiohttp import web
 from openai import AsyncOpenAI
 
+from gym_bus.agents.base import Context, Produced, Task
+from gym_bus.agents.registry import AGENTS
+from gym_bus.errors import AgentError
+from gym_bus.messages import Attempt, Failed, Request, RolloutId, Usage
+from gym_bus.models.api import CallInfo
+from gym_bus.models.body import chat_body, response_body
 from gym_bus.models.registry import Models
 from gym_bus.models.serve import serve
 from gym_bus.server import free_port
-from gym_bus.settings import ModelConfig
+from gym_bus.settings import AgentConfig, ModelConfig, RetryConfig
+from gym_bus.workers.agent import AgentWorker
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -30,6 +37,20 @@ CHAT = {
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "é"}, "finish_reason": "stop"}],
 }
 ASK: Any = [{"role": "user", "content": "hi"}]
+ROLLOUT = RolloutId("job", 3, 1)
+USAGE = Usage(input_tokens=3, output_tokens=4, total_tokens=7)
+
+
+class Account:
+    """What the calls of one rollout add up to."""
+
+    def __init__(self, rollout: RolloutId = ROLLOUT) -> None:
+        self.info = CallInfo(rollout=rollout, number=2)
+        self.timings = self.info.timings
+        self.usages: list[Usage] = []
+
+    def client(self, models: Models) -> AsyncOpenAI:
+        return models.client("m", self.info, self.usages.append)
 
 
 def event(value: Any) -> bytes:
@@ -42,7 +63,9 @@ def chunk(text: str) -> bytes:
 
 
 @asynccontextmanager
-async def client_of(answer: Answer, credentials: str = "", **config: Any) -> AsyncIterator[tuple[AsyncOpenAI, Models]]:
+async def client_of(
+    answer: Answer, credentials: str = "", account: Account | None = None, **config: Any
+) -> AsyncIterator[tuple[AsyncOpenAI, Models]]:
     """The client of a server that always answers so."""
     app = web.Application()
     app.router.add_route("*", "/v1/{tail:.*}", answer)
@@ -50,7 +73,7 @@ async def client_of(answer: Answer, credentials: str = "", **config: Any) -> Asy
     settings: dict[str, Any] = {"base_url": f"http://{credentials}127.0.0.1:{port}/v1", "api_key": KEY, **config}
     models = Models({"m": ModelConfig(**settings)})
     try:
-        yield models.client("m"), models
+        yield (account or Account()).client(models), models
     finally:
         await models.close()
         await runner.cleanup()
@@ -281,7 +304,7 @@ async def test_an_endpoint_that_is_not_there_is_a_connection_error(host: str) ->
     models = Models({"m": ModelConfig(base_url=f"http://{host}:{free_port()}/v1")})
     try:
         with pytest.raises(openai.APIConnectionError) as e:
-            await chat(models.client("m"))
+            await chat(Account().client(models))
     finally:
         await models.close()
     assert type(e.value) is openai.APIConnectionError
@@ -293,7 +316,7 @@ async def test_closing_the_client_leaves_the_workers_connections_open() -> None:
 
     async with client_of(answer) as (client, models):
         await client.close()
-        assert not models.session().closed
+        assert await chat(Account().client(models)) == "é"
 
 
 async def test_many_calls_run_at_once_and_each_gets_its_own_answer() -> None:
@@ -307,8 +330,7 @@ async def test_many_calls_run_at_once_and_each_gets_its_own_answer() -> None:
         await asyncio.wait_for(everyone.wait(), 60)
         return web.json_response({**CHAT, "id": request.headers["X-Number"]})
 
-    async with client_of(answer) as (client, models):
-        assert models.client("m") is client
+    async with client_of(answer) as (client, _):
         made = await asyncio.gather(
             *(
                 client.chat.completions.create(model="m", messages=ASK, extra_headers={"X-Number": str(i)})
@@ -343,3 +365,218 @@ async def test_a_reply_larger_than_any_answer_is_not_read_to_its_end(monkeypatch
             await chat(client)
 
     assert "larger than" in str(error.value.__cause__)
+
+
+def said(chat: bool, usage: Usage = USAGE) -> bytes:
+    make = chat_body if chat else response_body
+    return make(name="n", model="m", text="2", usage=usage, created_at=1)
+
+
+async def ask(client: AsyncOpenAI, chat: bool, **more: Any) -> Any:
+    if chat:
+        return await client.chat.completions.create(model="m", messages=ASK, **more)
+    return await client.responses.create(model="m", input="hi", **more)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+async def test_the_calls_of_a_rollout_carry_its_header_and_are_accounted(chat: bool) -> None:
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.extend(request.headers.getall("X-Gym-Rollout"))
+        await asyncio.sleep(0.05)
+        return web.Response(body=said(chat), content_type="application/json")
+
+    one, other = Account(), Account(RolloutId("job", 4, 0))
+    async with client_of(answer, account=one) as (client, models):
+        await ask(client, chat)
+        await ask(client.with_options(timeout=9), chat, extra_headers={"x-gym-rollout": "of/no/body/else"})
+        await ask(other.client(models), chat)
+
+    assert asked == ["job/3/1/2", "job/3/1/2", "job/4/0/2"]
+    assert [[usage.total_tokens for usage in account.usages] for account in (one, other)] == [[7, 7], [7]]
+    assert (one.timings.model_calls, other.timings.model_calls) == (2, 1)
+    assert 0.1 <= one.timings.model_s < 5
+    assert one.timings.model_queue_s < 0.05
+
+
+async def test_the_header_has_the_configured_name_or_is_left_out() -> None:
+    asked: list[dict[str, str]] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append({name: value for name, value in request.headers.items() if value.startswith("job/")})
+        return web.json_response(CHAT)
+
+    for name in ("X-Session", None):
+        async with client_of(answer, rollout_header=name) as (client, _):
+            await chat(client)
+
+    assert [{name.lower(): value for name, value in headers.items()} for headers in asked] == [
+        {"x-session": "job/3/1/2"},
+        {},
+    ]
+
+
+CHAT_USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+RESPONSES_USAGE = {"input_tokens": 3, "output_tokens": 4, "total_tokens": 7}
+
+
+def delta(text: str, usage: Any) -> bytes:
+    choices = [{"index": 0, "delta": {"content": text}}] if text else []
+    head = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": "m"}
+    return event({**head, "choices": choices, "usage": usage})
+
+
+def progress(kind: str, number: int, usage: Any) -> bytes:
+    response = {**msgspec.json.decode(said(chat=False)), "usage": usage}
+    return f"event: {kind}\r\n".encode() + event({"type": kind, "sequence_number": number, "response": response})
+
+
+STREAMS = {
+    "chat": (True, delta("a", None) + delta("b", None) + delta("", CHAT_USAGE) + b"data: [DONE]\n\n"),
+    "chat, growing": (True, delta("a", {**CHAT_USAGE, "completion_tokens": 1}) + delta("b", CHAT_USAGE)),
+    "responses": (False, progress("response.created", 0, None) + progress("response.completed", 1, RESPONSES_USAGE)),
+    "carriage returns": (True, delta("a", CHAT_USAGE).replace(b"\n", b"\r\n")),
+    "no last line end": (True, delta("a", CHAT_USAGE).rstrip()),
+}
+
+
+@pytest.mark.parametrize("piece", [1, 7, 10_000])
+@pytest.mark.parametrize("what", STREAMS)
+async def test_of_a_stream_the_last_usage_counts_however_it_is_cut(what: str, piece: int) -> None:
+    is_chat, body = STREAMS[what]
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await reply.prepare(request)
+        for at in range(0, len(body), piece):
+            await reply.write(body[at : at + piece])
+        return reply
+
+    account = Account()
+    async with client_of(answer, account=account) as (client, _):
+        async for _ in await ask(client, is_chat, stream=True):
+            pass
+
+    assert account.usages == [USAGE]
+
+
+async def test_the_time_in_which_the_caller_thinks_about_a_stream_is_not_the_models() -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await reply.prepare(request)
+        for text in "abc":
+            await reply.write(chunk(text))
+        return reply
+
+    account = Account()
+    async with client_of(answer, account=account) as (client, _):
+        async for _ in await ask(client, chat=True, stream=True):
+            await asyncio.sleep(0.2)
+
+    assert 0 < account.timings.model_s < 0.2
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [None, "many", {"prompt_tokens": -1}, {"prompt_tokens": "3"}, [], {"prompt_tokens": 2**60}],
+    ids=str,
+)
+async def test_a_usage_that_cannot_be_read_is_unknown_and_no_error(usage: Any) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({**CHAT, "usage": usage})
+
+    account = Account()
+    async with client_of(answer, account=account) as (client, _):
+        assert await chat(client) == "é"
+
+    assert (account.usages, account.timings.model_calls) == ([], 1)
+
+
+async def test_only_what_asks_the_model_counts_and_a_retry_is_the_same_call() -> None:
+    statuses = iter((200, 500, 200, 400))
+
+    async def answer(request: web.Request) -> web.Response:
+        status = next(statuses)
+        return web.json_response({**CHAT, "data": [], "usage": CHAT_USAGE}, status=status)
+
+    account = Account()
+    async with client_of(answer, account=account) as (client, _):
+        assert (await client.models.list()).data == []
+        assert account.timings.model_calls == 0
+        await chat(client.with_options(max_retries=1))
+        assert (account.timings.model_calls, account.usages) == (1, [USAGE])
+        with pytest.raises(openai.BadRequestError):
+            await chat(client)
+
+    assert (account.timings.model_calls, account.usages) == (2, [USAGE])
+
+
+async def test_the_wait_for_a_turn_is_queueing_and_not_the_models_time() -> None:
+    statuses = iter((429, 200))
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response(CHAT, status=next(statuses))
+
+    account = Account()
+    async with client_of(answer, account=account, retry=RetryConfig(wait_s=0.5, max_wait_s=0.5)) as (client, _):
+        with pytest.raises(openai.RateLimitError):
+            await chat(client)
+        await chat(client)  # the gate holds it back for a while
+
+    assert account.timings.model_queue_s > account.timings.model_s > 0
+
+
+class Chatty:
+    """An external agent: asks through the official client and through the context; may say itself what it used."""
+
+    def __init__(self, says: int | None = None) -> None:
+        self._usage = None if says is None else Usage(total_tokens=says)
+
+    async def run(self, task: Task, context: Context) -> Produced:
+        client = context.openai()
+        assert context.openai() is client
+        await client.chat.completions.create(model="m", messages=ASK)
+        made = await client.responses.create(model="m", input="hi")
+        reply = await context.respond(task.params)
+        if "fail" in task.row:
+            raise AgentError("the library gave up")
+        assert made.usage and made.usage.total_tokens == 7  # within `response`, too: counted once all the same
+        return Produced(response=reply.body, usage=self._usage)
+
+
+async def worked(monkeypatch: pytest.MonkeyPatch, row: bytes, options: bytes) -> tuple[Attempt | Failed, list[str]]:
+    """What an agent worker makes of a request for the chatty agent, and for which rollouts the endpoint was asked."""
+    monkeypatch.setitem(AGENTS._paths, "chatty", f"{__name__}:Chatty")
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request.headers["X-Gym-Rollout"])
+        return web.Response(body=said(request.path.endswith("/chat/completions")), content_type="application/json")
+
+    async with client_of(answer) as (_, models):
+        request = Request(
+            rollout=ROLLOUT, agent="chatty", model="m", verifier="v", row=row, agent_options=options, number=2
+        )
+        outcome = await AgentWorker(AgentConfig(), models, "w").handle(request, stored_at=0.0)
+    return outcome, asked
+
+
+@pytest.mark.parametrize(("options", "tokens"), [(b"{}", 21), (b'{"says": 100}', 100), (b'{"says": 0}', 0)])
+async def test_an_attempt_has_the_tokens_that_its_agent_says_or_those_that_its_context_saw(
+    monkeypatch: pytest.MonkeyPatch, options: bytes, tokens: int
+) -> None:
+    outcome, asked = await worked(monkeypatch, b'{"responses_create_params": {"input": "hi"}}', options)
+
+    assert isinstance(outcome, Attempt)
+    assert asked == ["job/3/1/2"] * 3
+    assert outcome.usage.total_tokens == tokens
+    assert outcome.timings.model_calls == 3
+    assert 0 < outcome.timings.model_s <= outcome.timings.agent_s
+
+
+async def test_a_failed_rollout_has_the_tokens_that_its_context_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome, _ = await worked(monkeypatch, b'{"fail": true, "responses_create_params": {"input": "hi"}}', b"{}")
+
+    assert isinstance(outcome, Failed)
+    assert (outcome.usage.total_tokens, outcome.timings.model_calls) == (21, 3)

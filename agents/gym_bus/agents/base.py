@@ -39,11 +39,24 @@ class Produced(msgspec.Struct, frozen=True, kw_only=True):
     response: bytes
     """The final Responses object, JSON: `output` holds the items of all steps, `usage` their sum."""
     usage: Usage | None = None
-    """Tokens of the whole rollout, in place of those that the context has accounted; None for the context's. An agent
-    says them where its library asks a model in a way that the context does not see. They are not added to the context's,
-    and the `usage` within `response` is added to neither."""
+    """Tokens of the whole rollout, in place of those that the context has accounted; None for the context's.
+
+    An agent says them where its library asks a model in a way that the context does not see. Nothing is counted twice:
+    they are not added to the context's, and the `usage` within `response` is added to neither.
+    """
     extra: dict[str, Any] = {}
     """Fields the agent adds to the result row; JSON values only."""
+
+
+class _Tokens:
+    """Adds up. Apart from the context: a client, which lives until its reference cycles are found, must not keep it."""
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+
+    def add(self, usage: Usage) -> None:
+        """The tokens of one more call."""
+        self.usage = add_usage(self.usage, usage)
 
 
 class Context:
@@ -57,8 +70,13 @@ class Context:
         self._limit_s = limit_s
         self._step = 0
         self.timings = Timings()
-        self.usage = Usage()
+        self._tokens = _Tokens()
         self.calls: list[Call] = []
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of all calls so far, the client's included."""
+        return self._tokens.usage
 
     @property
     def left_s(self) -> float:
@@ -84,7 +102,7 @@ class Context:
             reply = await self._model.respond(params, info)
         finally:
             timings.model_s += time.monotonic() - started - (timings.model_queue_s - queued_s)
-        self._used(reply.usage)
+        self._tokens.add(reply.usage)
         if reply.call is not None:
             self.calls.append(reply.call)
         activity.note(f"agent, after model call {self._step}")
@@ -94,9 +112,6 @@ class Context:
         return CallInfo(
             rollout=self._rollout, number=self._number, step=self._step, limit_s=left_s, timings=self.timings
         )
-
-    def _used(self, usage: Usage) -> None:
-        self.usage = add_usage(self.usage, usage)
 
     def tool_call_key(self, call: int) -> str:
         """Names the `call`-th tool call (from 0) that the last reply asks for: the same at every delivery."""
@@ -118,7 +133,7 @@ class Context:
         token ids. The same client at every call; closing it closes no connection.
         """
         if self._client is None:
-            self._client = self._make_client(self._info(self.left_s), self._used)
+            self._client = self._make_client(self._info(self.left_s), self._tokens.add)
         return self._client
 
 
