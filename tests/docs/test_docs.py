@@ -157,7 +157,6 @@ def script(page: Path, folder: Path, port: int) -> str:
 
 
 QUICK = (
-    "README.md",
     "benchmarks/gym_bus/benchmarks/gsm8k/README.md",
     *(f"docs/how-to/{name}.md" for name in ("extend", "train", "configuration")),
 )

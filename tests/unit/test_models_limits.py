@@ -123,7 +123,7 @@ def test_refusals_at_random_do_not_hold_the_work_up(noise: float, workers: int) 
 
 
 @pytest.mark.parametrize("most", [10**6, 128])
-@pytest.mark.parametrize("workers", [1, 4, 16])
+@pytest.mark.parametrize("workers", [1, 4, pytest.param(16, marks=pytest.mark.slow)])
 def test_an_endpoint_that_refuses_a_fifth_at_random_is_not_taken_for_a_full_one(workers: int, most: int) -> None:
     fleet = Simulation(Endpoint(most, exponential(1.0), noise=0.2), workers, 208 // workers)
     fleet.run(60.0)
