@@ -68,6 +68,10 @@ async def test_everything_on_the_server_is_kept_where_the_settings_say(bus: Bus)
         for name in kept:
             await forgetful.js.delete_stream(name)  # what a stream is kept in cannot be changed: others want files
 
+    await bus.js.add_stream(name=subjects.REQUESTS, subjects=["gym.request.>"], storage="memory", max_bytes=1000)
+    with pytest.raises(BusError, match="a stream keeps its storage"):
+        await bus.init()
+    await bus.js.delete_stream(subjects.REQUESTS)
     assert set(kept) == {f"KV_{n}" if n in BUCKETS else f"OBJ_{n}" if n == subjects.BLOBS else n for n in names}
     assert set(kept.values()) == {"memory"}
 

@@ -101,14 +101,28 @@ async def test_a_module_that_is_not_installed_is_named() -> None:
         await require_sandbox(VerifierConfig(names=("code_gen",), preload=("nunpy",)))
 
 
+def installed(folder: Path, name: str, source: str, *more: str) -> None:
+    """A package in `folder`, whose list of files has `more`."""
+    (folder / f"{name}.py").write_text(source)
+    info = folder / f"{name}-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (info / "RECORD").write_text("".join(f"{file},,\n" for file in (f"{name}.py", f"{info.name}/METADATA", *more)))
+
+
+def test_of_a_packages_list_of_files_only_what_is_there_and_beside_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("gone.py", "/usr/share/odd", "../../bin/odd", "odd.pth", "__pycache__/odd.pyc")
+    installed(tmp_path, "odd_package", "", *more)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert packages.find("odd_package").folders == {str(tmp_path): ["odd_package-1.dist-info", "odd_package.py"]}
+
+
 async def test_a_package_that_cannot_be_imported_keeps_the_slot_from_starting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "broken_package.py").write_text("1 / 0")
-    info = tmp_path / "broken_package-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-package\nVersion: 1\n")
-    (info / "RECORD").write_text("broken_package.py,,\nbroken_package-1.dist-info/METADATA,,\n")
+    installed(tmp_path, "broken_package", "1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SandboxError, match="package broken_package: ZeroDivisionError: division by zero"):
         await Slot.start("broken_package")

@@ -405,6 +405,7 @@ def test_rows_that_have_an_input_already_are_named_together_and_nothing_is_writt
         ("user: [", r"prompt.yaml:2: not valid YAML"),
         ("user: " + "[" * 2000, r"prompt.yaml: not valid YAML"),
         ("user: x\n1: y", r"prompt.yaml: key 1 is no text"),
+        ("user: &a {x: *a}", r"prompt.yaml: not valid YAML"),
         (None, r"prompt.yaml: no such file"),
     ],
 )

@@ -100,6 +100,15 @@ async def test_the_reply_comes_back_as_the_bytes_it_was() -> None:
     assert headers["X-Gym-Rollout"] == "job/3/1/2"
 
 
+async def test_a_reply_of_more_values_than_an_answer_has_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gym_bus.models.replies.MOST_VALUES", 100)
+    too_many = says({**GOOD, "x": [[]] * 101})
+    async with asking(Endpoint(too_many, too_many, too_many, says({**GOOD, "x": [[]] * 40}))) as ask:
+        with pytest.raises(ModelError, match="more values than any answer"):
+            await ask()
+        assert (await ask()).tries == 1
+
+
 async def test_what_metadata_carries_for_the_request_leaves_the_metadata() -> None:
     endpoint = Endpoint(says(GOOD))
     metadata = {"extra_body": '{"seed": 7}', "chat_template_kwargs": '{"thinking": true}', "mine": "stays"}

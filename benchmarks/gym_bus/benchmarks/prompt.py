@@ -45,13 +45,13 @@ def read_prompt(path: Path) -> Prompt:
     """The prompt in a YAML file, texts taken as they stand. Raises ConfigError naming the file, and the line or key."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        check_keys(values, str(path))
     except OSError as e:
         raise ConfigError(f"{path}: {(e.strerror or str(e)).lower()}") from None
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or e}") from None
-    check_keys(values, str(path))
     prompt = check(Prompt, values, str(path))
     check_prompt(prompt, lambda role: written_at(path, role))
     return prompt

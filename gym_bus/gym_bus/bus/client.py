@@ -36,6 +36,10 @@ async def heeding_cancellation(call: Awaitable[T]) -> T:
             raise asyncio.CancelledError
 
 
+class NoTLS(nats.errors.Error):
+    """A server would be spoken to in clear."""
+
+
 class Client(nats.aio.client.Client):
     """The same client; where a call may swallow a cancellation, it does not."""
 
@@ -74,7 +78,7 @@ class Client(nats.aio.client.Client):
         # Private, but the one place between what a server says of itself and the password that is sent to it.
         server = self._current_server
         if initial_connection and server and server.uri.scheme == "tls" and not info.get("tls_required"):
-            raise nats.errors.Error("the server does not offer TLS, which tls:// demands")
+            raise NoTLS("the server does not offer TLS, which tls:// demands")
         await super()._process_info(info, initial_connection)
 
     def _flush_pending(self, force_flush: bool = False) -> Coroutine[Any, Any, Any]:

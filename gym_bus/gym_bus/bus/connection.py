@@ -14,7 +14,7 @@ from nats.js import JetStreamContext
 from gym_bus import subjects
 from gym_bus.bus.asking import API_LIMIT_S, answered, trouble
 from gym_bus.bus.blobs import Blobs
-from gym_bus.bus.client import Client
+from gym_bus.bus.client import Client, NoTLS
 from gym_bus.bus.consumers import Consumers
 from gym_bus.bus.publish import Publisher
 from gym_bus.bus.pull import CLAIM_BYTES_HEADER, CLAIM_HEADER, FAILURE_HEADER, ID_HEADER
@@ -32,11 +32,13 @@ from gym_bus.settings import BusConfig, MiB
 log = get_logger(__name__)
 
 SCHEMES = ("nats", "tls", "ws", "wss")
-INIT_TRIES, INIT_PAUSE_S = 3, 0.2
+INIT_TRIES, INIT_PAUSE_S = 3, 0.5
 CLOSE_LIMIT_S = 2.0
 HEADER_ROOM_BYTES = 4096
 """What the headers of one message may take: servers and streams count them with the body."""
 _BUCKETS = (subjects.JOBS, subjects.WORKERS, subjects.LIMITS, subjects.TRAINERS)
+_UNCHANGEABLE = 10052
+"""err_code: a setting that a stream cannot change, of ours its storage alone."""
 _STORE_BUSY = 10049
 """err_code: the files of a stream cannot be made; those of one that was deleted may be in the way."""
 
@@ -75,7 +77,7 @@ class Bus:
         told: list[Exception] = []
 
         async def error(e: Exception) -> None:
-            if not told or not _is_refused(told[0]):  # a server that refuses also closes the connection, first or later
+            if not told or not _is_telling(told[0]):  # a server that refuses also closes the connection, first or later
                 told[:] = [e]
             log.info("bus_error", error=repr(e))
 
@@ -232,6 +234,11 @@ def _check_schemes(servers: Sequence[str]) -> None:
             raise UsageError(f"bus.url: {redact(server)}: not the address of a NATS server: {known} host:port")
 
 
+def _is_telling(error: Exception) -> bool:
+    """Whether nothing that is heard later can say it better."""
+    return _is_refused(error) or isinstance(error, NoTLS)
+
+
 def _is_refused(error: Exception) -> bool:
     """Whether a server wants a user, another one or another password."""
     return "authorization" in str(error).lower()
@@ -249,6 +256,8 @@ def _remedy(error: Exception) -> str:
             "the streams reserve their max_bytes: lower bus.{requests,attempts,results}.max_bytes, or give it more "
             "disk, with bus.storage=memory more memory; configs/memory.yaml has limits for a local server"
         )
+    if getattr(error, "err_code", 0) == _UNCHANGEABLE:
+        return "a stream keeps its storage: delete it and all that is in it, or leave bus.storage as it was"
     return "gym_bus needs nats-server 2.11 or newer with JetStream enabled (`nats-server -js`)"
 
 

@@ -382,7 +382,8 @@ class Pull:
                 self._behind = 0
             self.poke()
             return
-        log.info("pull_interrupted", consumer=self._next, status=status, why=headers.get("Description", ""))
+        why = headers.get("Description", "").partition("\n")[0]  # a bare status takes the next header for its words
+        log.info("pull_interrupted", consumer=self._next, status=status, why=why)
         self._generation += 1
         if not self._stopped:
             self._spawn(self._recover())

@@ -95,7 +95,7 @@ def main() -> None:
         code = USAGE
     except OSError as e:  # what nobody on the way knew better about: a full disk, standard output that takes no more
         where = f"{e.filename}: " if e.filename else ""
-        click.echo(f"error: {where}{e.strerror or e}", err=True)
+        click.echo(f"error: {where}{e.strerror or str(e) or type(e).__name__}", err=True)
         code = USAGE
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; the same command resumes where it stopped", err=True)

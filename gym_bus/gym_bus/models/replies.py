@@ -20,6 +20,9 @@ from gym_bus.settings import ModelConfig
 SPARE_DEPTH = 200
 """Levels that a reply must leave to those who read it later, perhaps on a fuller stack, of about 1,000 there are."""
 
+MOST_VALUES = 4_000_000
+"""In one reply: so many take half a second to read, and half a gigabyte."""
+
 _ENDED = (None, "completed", "incomplete")
 _BROKEN_OFF = ("abort", "error")
 """Reasons to finish that are the endpoint's, not the model's: what there is of the answer must not be scored."""
@@ -102,7 +105,10 @@ def _check_to_the_end(data: bytes) -> None:
 
     Such are numbers that no machine type holds, and levels that fit on this stack and on no fuller one.
     """
-    if data.count(b"[") + data.count(b"{") > SPARE_DEPTH:
+    opened = data.count(b"[") + data.count(b"{")
+    if opened + data.count(b",") > MOST_VALUES:
+        raise msgspec.DecodeError("it has more values than any answer")
+    if opened > SPARE_DEPTH:
         data = b"[" * SPARE_DEPTH + data + b"]" * SPARE_DEPTH
     _any.decode(data)
 

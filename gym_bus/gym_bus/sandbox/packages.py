@@ -6,6 +6,7 @@ import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 from gym_bus.errors import UsageError
@@ -77,5 +78,6 @@ def _take(name: str, taken: Distributions) -> None:
 def _entries(distribution: importlib.metadata.Distribution) -> Iterator[str]:
     """The files and folders at the top of a distribution's folder; scripts and the like lie elsewhere."""
     for first in {file.parts[0] for file in distribution.files or ()}:
-        if first not in ("..", "__pycache__") and not first.endswith(".pth"):
+        its_own = first not in ("/", "..", "__pycache__") and not first.endswith(".pth")
+        if its_own and Path(str(distribution.locate_file(first))).exists():
             yield first

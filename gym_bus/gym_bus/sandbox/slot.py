@@ -18,6 +18,7 @@ from gym_bus.logs import get_logger
 from gym_bus.sandbox import child, landlock, languages, zygote
 from gym_bus.sandbox.api import DEFAULT_LIMITS, Ended, Limits, Outcome, Program
 from gym_bus.sandbox.owner import GRACE_S, Ending, LevelRefused, Socket, Zygote
+from gym_bus.sandbox.packages import find
 from gym_bus.sandbox.protections import Facts, Level, Protection, describe
 
 log = get_logger(__name__)
@@ -141,6 +142,7 @@ class Slot:
             SandboxRefused: this machine does not give `least`; the message says what failed and what would mend it.
             SandboxError: it does not start for another reason.
         """
+        await asyncio.to_thread(find, preload, packages)  # it reads many small files, once for the whole process
         slot = cls(preload, modules, names, packages)
         try:
             slot._facts = _facts(await slot._first(least))
@@ -337,7 +339,7 @@ def _order(
 ) -> bytes:
     bounded = where.group is not None
     address = limits.memory_bytes * (ADDRESS_FACTOR if bounded else 1) + ADDRESS_BASE
-    if where.packages.folders:
+    if where.packages.modules or (bounded and where.packages.folders):  # what is preloaded takes its own in any case
         address += ADDRESS_PACKAGES
     if language is not None and not language.bounded_address_space and bounded:
         address = 0

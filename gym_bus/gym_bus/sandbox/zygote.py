@@ -130,7 +130,8 @@ def _landlock(config: dict[str, Any]) -> child.Place:
     place.landlock = abi
     seen = [(path, landlock.READ) for path in root.shared(config["interpreter"])]
     packages = config["packages"]
-    for folder, names in packages["folders"].items():
+    readable = {folder: names for folder, names in packages["folders"].items() if os.access(folder, os.R_OK | os.X_OK)}
+    for folder, names in readable.items():
         seen += [(folder, landlock.READ_DIR), *((f"{folder}/{name}", landlock.READ) for name in names)]
     seen += [(f"/dev/{name}", landlock.DEVICE) for name in root.DEVICES]
     own = landlock.ruleset(abi, [*seen, (scratch, landlock.CHANGE)])
@@ -140,7 +141,7 @@ def _landlock(config: dict[str, Any]) -> child.Place:
         place.tasks = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
     landlock.enter(own)
     os.close(own)
-    sys.meta_path.append(_Finder(packages["folders"]))
+    sys.meta_path.append(_Finder(readable))
     _import(packages["modules"])
     _lock_in(scratch, config["names"], seccomp.build(forks=False, apart=False))
     return place
