@@ -12,7 +12,7 @@ LEAST_LENGTH = 6
 
 _SECRET_KEY = re.compile(r"(^|[_-])(api[_-]?key|key|token|password|passwd|secret|authorization)$", re.IGNORECASE)
 _PUBLIC_VARIABLE = re.compile(r"(_|^)(url|uri|endpoint|name|model|organization|prefix|collection|dir|host|port)$")
-_PASSWORD_IN_ADDRESS = re.compile(r"(://[^/@\s:]*:)[^/@\s]+@")
+_ADDRESS_KEY = re.compile(r"(^|_)(url|uri|endpoint|address)(s|es)?$")
 
 _CREDENTIALS = re.compile(r"(?:(?<=://)|^)(?!(?:[\w.-]+|\[[\w:.]+\])(?::\d+)?/)((?:(?!://).)*)@")
 """All up to the last `@`: what is not escaped, as it should be, is a secret, too. Behind a plain host it is a path."""
@@ -52,7 +52,15 @@ class Masking:
             return MASK
         for secret in self._secrets:
             value = value.replace(secret, MASK) if len(secret) >= LEAST_LENGTH else value
-        return _PASSWORD_IN_ADDRESS.sub(rf"\g<1>{MASK}@", value)
+        # An address may lack its `://`; in any other text, what stands before an `@` then is no password.
+        is_address = any(map(_ADDRESS_KEY.search, names))
+        return _CREDENTIALS.sub(lambda found: _masked(found) if found.start() or is_address else found[0], value)
+
+
+def _masked(found: re.Match[str]) -> str:
+    """The credentials of an address as they may be shown. A user that has no password is a token."""
+    user, _, password = found[1].partition(":")
+    return f"{user}:{MASK}@" if password else f"{MASK}@"
 
 
 def _texts(variables: Mapping[str, Any]) -> Iterable[str]:

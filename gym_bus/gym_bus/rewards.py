@@ -277,16 +277,28 @@ class RewardStream:
 
         Raises:
             BusError: no server there.
-            UsageError: no such job.
+            UsageError: no such job, or the stream was opened before.
         """
+        self._check_unopened()
         self._opened = True
-        self._bus = self._nats if isinstance(self._nats, Bus) else await Bus.connect(BusConfig(), url=self._nats)
         try:
+            self._bus = self._nats if isinstance(self._nats, Bus) else await Bus.connect(BusConfig(), url=self._nats)
             await self._open(self._bus)
         except BaseException:
             await self.close()
+            self._opened = False  # the server or the job may be there later
             raise
         return self
+
+    def _check_unopened(self) -> None:
+        if self._opened:
+            raise UsageError("the stream was opened before: make another with the same `durable`, which resumes")
+
+    def _check_without_loop(self) -> None:
+        """Raise UsageError where it cannot be opened in a thread of its own."""
+        self._check_unopened()
+        if isinstance(self._nats, Bus):
+            raise UsageError("a Bus serves its own event loop only: give the address of the NATS server")
 
     async def _open(self, bus: Bus) -> None:
         record: JobRecord | None = await bus.state.get(subjects.JOBS, self._job, JobRecord)
@@ -355,16 +367,8 @@ class RewardStream:
         Raises:
             UsageError: an event loop is running, the stream was opened before, or it is one over a `Bus`.
         """
-        if _in_event_loop():
+        if _in_event_loop():  # a slip for `async for`; who means to block a loop, as in a notebook, has the other class
             raise UsageError("an event loop is running: use `async with RewardStream(...) as stream` and `async for`")
-        if self._opened:
-            raise UsageError("the stream was opened before: make another with the same `durable`, which resumes")
-        if isinstance(self._nats, Bus):
-            raise UsageError("a Bus serves its own event loop only: give the address of the NATS server")
-        self._opened = True
-        return self._without_loop()
-
-    def _without_loop(self) -> Iterator[SyncGroup]:
         with SyncRewardStream(self) as stream:
             yield from stream
 
@@ -607,6 +611,13 @@ class SyncRewardStream:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> SyncRewardStream:
+        """Open the stream, in a thread.
+
+        Raises:
+            BusError: no server there.
+            UsageError: no such job; the stream was opened before, or it is one over a `Bus`.
+        """
+        self._stream._check_without_loop()
         ready: queue.Queue[asyncio.AbstractEventLoop] = queue.Queue()
 
         def run() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -582,15 +582,57 @@ async def test_a_group_is_not_acked_once_its_plain_loop_is_over(bus: Bus, nats_s
     with pytest.raises(UsageError, match="ack within it"):
         groups[0].ack()
     with pytest.raises(UsageError, match="was opened before: make another"):
-        await asyncio.to_thread(iter, stream)
+        await asyncio.to_thread(list, stream)
 
 
-async def test_a_plain_loop_where_it_cannot_work_says_what_to_do(bus: Bus, nats_server: NatsServer) -> None:
+def entered(stream: RewardStream) -> None:
+    with SyncRewardStream(stream):
+        pass
+
+
+@pytest.mark.parametrize("use", [list, entered])
+async def test_a_stream_without_a_loop_that_cannot_work_says_what_to_do(
+    bus: Bus, nats_server: NatsServer, use: Callable[[RewardStream], object]
+) -> None:
     await a_job(bus, 1, all_scored(1))
-    with pytest.raises(UsageError, match="use `async with"):
-        iter(RewardStream(nats_server.url, job="job", durable="a"))
     with pytest.raises(UsageError, match="give the address"):
-        await asyncio.to_thread(iter, RewardStream(bus, job="job", durable="a"))
+        await asyncio.to_thread(use, RewardStream(bus, job="job", durable="a"))
     async with RewardStream(nats_server.url, job="job", durable="a") as stream:
         with pytest.raises(UsageError, match="was opened before"):
-            await asyncio.to_thread(iter, stream)
+            await asyncio.to_thread(use, stream)
+
+
+async def test_within_an_event_loop_a_plain_loop_is_a_slip_and_the_synchronous_stream_is_meant(
+    bus: Bus, nats_server: NatsServer
+) -> None:
+    await a_job(bus, 1, all_scored(1))
+    with pytest.raises(UsageError, match="use `async with"):
+        list(RewardStream(nats_server.url, job="job", durable="a"))
+    with SyncRewardStream(nats_server.url, job="job", group_size=2, durable="a") as stream:  # as in a notebook
+        assert [group.task_index for group in stream] == [0]
+
+
+async def test_a_stream_is_opened_once_and_goes_on_where_it_is_opened_again(bus: Bus, nats_server: NatsServer) -> None:
+    await a_job(bus, 1, all_scored(1))
+
+    def train() -> list[int]:
+        with SyncRewardStream(nats_server.url, job="job", group_size=2, durable="a") as stream:
+            with pytest.raises(UsageError, match="was opened before"):
+                stream.__enter__()
+            return [group.task_index for group in stream]
+
+    assert await asyncio.to_thread(train) == [0]
+    assert not [thread for thread in threading.enumerate() if thread.name == "reward stream"]
+    async with RewardStream(nats_server.url, job="job", group_size=2, durable="b") as stream:
+        with pytest.raises(UsageError, match="was opened before"):
+            await stream.__aenter__()
+        assert len(await take(stream)) == 1
+
+
+async def test_a_stream_that_could_not_be_opened_can_be_opened_later(bus: Bus, nats_server: NatsServer) -> None:
+    stream = RewardStream(nats_server.url, job="job", group_size=2, durable="a")
+    with pytest.raises(UsageError, match="no job 'job'"):
+        await asyncio.to_thread(entered, stream)
+    await a_job(bus, 1, all_scored(1))
+
+    assert [group.task_index for group in await asyncio.to_thread(list, stream)] == [0]

@@ -43,6 +43,27 @@ def test_the_password_in_an_address_is_masked_in_lists_too() -> None:
 
 
 @pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://me:p@ss/w,rd@host/v1", f"http://me:{MASK}@host/v1"),
+        ("http://token123456@host", f"http://{MASK}@host"),
+        ("http://token123456:@host", f"http://{MASK}@host"),
+        ("http://me:hush/hush2@host", f"http://me:{MASK}@host"),
+        ("nats://me:pw@a:1, nats://b,tls://pw@c", f"nats://me:{MASK}@a:1, nats://b,tls://{MASK}@c"),
+        ("me:pw@h:4222", f"me:{MASK}@h:4222"),
+        ("http://h:8000/v1/@org/model", "http://h:8000/v1/@org/model"),
+    ],
+)
+def test_an_address_is_shown_without_its_password_or_token(address: str, shown: str) -> None:
+    assert NONE.shown(["bus", "url"], address) == shown
+
+
+def test_an_at_sign_makes_no_address_of_a_text_but_an_address_within_it_is_masked() -> None:
+    assert NONE.shown(["model"], "org-model@v2") == "org-model@v2"
+    assert NONE.shown(["note"], "see http://me:pw@h/v1") == f"see http://me:{MASK}@h/v1"
+
+
+@pytest.mark.parametrize(
     ("address", "redacted"),
     [
         ("http://h:8000/v1", "http://h:8000/v1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from array import array
 from base64 import b64decode, b64encode
@@ -29,6 +30,7 @@ from gym_bus.errors import (
 from gym_bus.messages import RolloutId, Usage
 from gym_bus.models.api import CallInfo, Reply
 from gym_bus.models.gate import Gate, endpoint_key
+from gym_bus.models.refusals import Refusals
 from gym_bus.models.registry import Models
 from gym_bus.models.serve import make_app, serve
 from gym_bus.models.simulated import SimulatedModel
@@ -223,6 +225,32 @@ async def test_an_address_that_does_not_serve_is_named_without_user_and_password
             await ask()
     assert address.format("") in str(error.value)
     assert "me:" not in str(error.value) and "hush" not in str(error.value)
+
+
+ODD_KEY = 'a"b/c\\d-é😀-secret-9'
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        json.dumps(ODD_KEY),
+        json.dumps(ODD_KEY, ensure_ascii=False),
+        json.dumps(ODD_KEY).replace("/", "\\/"),
+        json.dumps(ODD_KEY, ensure_ascii=False).replace("/", "\\/"),
+        json.dumps(ODD_KEY).replace("\\u00e9", "\\u00E9").replace("-s", "\\u002Ds"),
+    ],
+)
+@pytest.mark.parametrize("reply", ['{{"output": {}, 1', '{{"error": {{"code": {}}}}}', '{{"detail": {}}}'])
+def test_a_secret_is_masked_however_json_spells_it(reply: str, spelled: str) -> None:
+    refusals, data = Refusals("http://h/v1", [ODD_KEY]), reply.format(spelled).encode()
+    assert json.loads(spelled) == ODD_KEY
+
+    for error in (refusals.no_answer("no JSON", data), refusals.refusal(400, {}, data)):
+        assert "***" in str(error) and "secret-9" not in str(error)
+
+
+def test_a_secret_is_masked_in_an_error_that_is_told_as_json() -> None:
+    assert "secret-9" not in str(Refusals("http://h/v1", [ODD_KEY]).error_in_200({"code": ODD_KEY}))
 
 
 def test_the_limits_of_an_endpoint_are_kept_and_told_under_its_address_alone() -> None:

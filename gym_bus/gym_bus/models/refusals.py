@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import email.utils
+import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -43,7 +44,10 @@ class Refusals:
 
     def __init__(self, url: str, secrets: Iterable[str]) -> None:
         """`secrets` are masked in this order; an endpoint may echo what it was sent."""
-        self._url, self._secrets = url, list(secrets)
+        patterns = [_spelled(secret) for secret in secrets]
+        self._url = url
+        self._in_text = [re.compile(pattern) for pattern in patterns]
+        self._in_bytes = [re.compile(pattern.encode()) for pattern in patterns]
 
     def refusal(self, status: int, headers: Mapping[str, str], data: bytes) -> ModelError:
         """For a status other than 200."""
@@ -81,15 +85,31 @@ class Refusals:
     def clean(self, words: object) -> str:
         """As text: bounded, and without secrets."""
         text = str(words)
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
+        for secret in self._in_text:
+            text = secret.sub("***", text)
         return text[:MAX_ERROR_CHARS]
 
     def _without_secrets(self, data: bytes) -> bytes:
         """For what is cut before it is text: half a key is one, too."""
-        for secret in self._secrets:
-            data = data.replace(secret.encode(), b"***")
+        for secret in self._in_bytes:
+            data = secret.sub(b"***", data)
         return data
+
+
+def _spelled(secret: str) -> str:
+    """A pattern of the secret as it is and as JSON may spell it: each character itself, escaped, or as its number."""
+    return "".join(f"(?:{'|'.join(_spellings(char))})" for char in secret)
+
+
+def _spellings(char: str) -> Iterator[str]:
+    units = char.encode("utf-16-be").hex()
+    yield "".join(rf"\\u(?i:{units[at : at + 4]})" for at in range(0, len(units), 4))
+    if char == "/":
+        yield r"\\/"
+    escaped = msgspec.json.encode(char).decode()[1:-1]
+    yield re.escape(escaped)
+    if escaped != char:
+        yield re.escape(char)
 
 
 def _retry_after_s(header: str | None) -> float | None:
