@@ -16,13 +16,16 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from gym_bus.benchmarks.spec import list_benchmarks
 from gym_bus.cli import worker
 from gym_bus.config import Config, Layer, load_config
 from gym_bus.server import find_binary
+from gym_bus.workers.suite import read_suite
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("gym_bus", "workers", "agents", "verifiers", "benchmarks")
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*SUITES})
 
 WITHOUT = """
 import importlib, sys
@@ -155,6 +158,13 @@ def test_every_shipped_configuration_loads(path: Path, tmp_path: Path) -> None:
     config = load_config([path], [], env_file=env, base=[Layer("built-in", {})])
     assert isinstance(config, Config)
     assert msgspec.to_builtins(config) != msgspec.to_builtins(Config())
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda p: p.name)
+def test_every_shipped_suite_names_benchmarks_and_models_that_there_are(path: Path) -> None:
+    suite = read_suite(path)
+    assert {part.benchmark for part in suite.parts} <= {info.name for info in list_benchmarks(ROOT)}
+    assert {model for part in suite.parts for model in part.models} <= {"policy", "simulated"}
 
 
 def test_the_shipped_server_configuration_is_valid() -> None:

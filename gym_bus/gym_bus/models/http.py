@@ -187,10 +187,8 @@ class OpenAIModel:
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as e:
             raise _HungUp(f"{self._url} closed the connection: {e}") from None
         except aiohttp.ClientError as e:
-            what = (
-                f"{type(e).__name__}: {self._refusals.clean(e)}"  # with words of the reply, which may be the request's
-            )
-            raise ModelError(f"{self._url}: the reply broke off or is no HTTP: {what}") from None
+            what = self._refusals.clean(e)  # with words of the reply, which may be the request's
+            raise ModelError(f"{self._url}: the reply broke off or is no HTTP: {type(e).__name__}: {what}") from None
         replies = self._replies
         return replies.from_chat(data, call.params) if self._chat else replies.from_responses(data)
 

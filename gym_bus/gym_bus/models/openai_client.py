@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import aiohttp
 import httpx2
@@ -56,22 +57,13 @@ class _Account:
             activity.note(f"model call {timings.model_calls}")
 
     @contextmanager
-    def queued(self) -> Iterator[None]:
-        """Its turn has not come yet."""
+    def waited(self, stage: Literal["model_s", "model_queue_s"] = "model_s") -> Iterator[None]:
+        """The endpoint is to say something, or its turn is to come."""
         since = time.monotonic()
         try:
             yield
         finally:
-            self._timings.model_queue_s += time.monotonic() - since
-
-    @contextmanager
-    def waited(self) -> Iterator[None]:
-        """The endpoint is to say something."""
-        since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._timings.model_s += time.monotonic() - since
+            setattr(self._timings, stage, getattr(self._timings, stage) + time.monotonic() - since)
 
     def answered(self, reply: aiohttp.ClientResponse) -> None:
         """The body comes now."""
@@ -161,7 +153,7 @@ class AiohttpTransport(httpx2.AsyncBaseTransport):
         if gate is None:
             return _Turn(None, None)
         try:
-            with account.queued():
+            with account.waited("model_queue_s"):
                 return _Turn(gate, await gate.enter(TURN_LIMIT_S, self._config.retry.budget_s))
         except NoTurn as e:
             raise httpx2.PoolTimeout(str(e), request=request) from e
