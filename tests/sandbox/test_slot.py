@@ -132,6 +132,12 @@ async def test_every_end_has_its_one_cause(slot: Slot, source: str, limits: dict
     assert (outcome.signal is not None) is (outcome.exit_code is None)
 
 
+async def test_time_that_setting_up_takes_is_not_the_programs(slot: Slot) -> None:
+    ends = [(await run(slot, "pass", wall_s=1e-6)).ended for _ in range(20)]  # it takes longer than that to begin
+
+    assert set(ends) <= {Ended.FINISHED, Ended.WALL_LIMIT}
+
+
 async def test_what_does_not_compile_says_why_and_a_program_cannot_pretend_it(slot: Slot) -> None:
     assert b"SyntaxError" in (await run(slot, "x ===")).stderr
     assert (await run(slot, "import os; os._exit(65)")).ended is Ended.FINISHED

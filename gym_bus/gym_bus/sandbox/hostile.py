@@ -16,7 +16,7 @@ from gym_bus.errors import SandboxError
 from gym_bus.sandbox.api import Ended, Limits, Outcome, Program, Sandbox
 from gym_bus.sandbox.protections import NAMES, Protection
 
-LIMITS = Limits(wall_s=5.0, cpu_s=1.0, memory_bytes=128 * 2**20, output_bytes=2**16)
+LIMITS = Limits(wall_s=30.0, cpu_s=1.0, memory_bytes=128 * 2**20, output_bytes=2**16)
 BRIEF = Limits(wall_s=0.3, cpu_s=1.0, memory_bytes=64 * 2**20, output_bytes=2**16)
 """Of programs that any limit may end: many of them just wait for it."""
 HONEST = Program(
