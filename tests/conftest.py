@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from gym_bus.bus import Bus
-from gym_bus.server import find_binary, free_port
+from gym_bus.sandbox import owner
+from gym_bus.server import find_binary, held_port
 from gym_bus.settings import BusConfig
 
 
@@ -30,10 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class NatsServer:
-    """The real binary on a free port; can be killed and started again on the same store."""
+    """The real binary on a port of its own; can be killed and started again on the same store."""
 
     def __init__(self, store: Path) -> None:
-        self.store, self.port = store, free_port()
+        self._held, self.port = held_port()
+        self.store = store
         self.url = f"nats://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -51,17 +56,16 @@ class NatsServer:
     def kill(self) -> None:
         assert self.process
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
     def stop(self) -> None:
         if self.process and self.process.poll() is None:
             self.process.terminate()
-            self.process.wait(10)
+            self.process.wait(60)
+        self._held.close()
 
 
-def wait_for_port(port: int, limit_s: float = 30.0) -> None:
-    import socket
-
+def wait_for_port(port: int, limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while True:
         try:
@@ -105,6 +109,28 @@ async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
             await bus.js.delete_stream(str(stream.config.name))
         await bus.init()
         yield bus
+
+
+@pytest.fixture
+def zygotes(monkeypatch: pytest.MonkeyPatch) -> list[psutil.Process]:
+    """The first process of each sandbox that the test starts: what else this process has may belong to other tests."""
+    launch, started = owner._launch, list[psutil.Process]()
+
+    def noted(*arguments: Any) -> subprocess.Popen[bytes]:
+        made = launch(*arguments)
+        started.append(psutil.Process(made.pid))
+        return made
+
+    monkeypatch.setattr(owner, "_launch", noted)
+    return started
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port at which nothing listens, and that nobody else can take meanwhile."""
+    held, port = held_port()
+    with held:
+        yield port
 
 
 async def until(condition: object, limit_s: float = 60.0) -> None:

@@ -39,6 +39,8 @@ jetstream {{
 _PR_SET_PDEATHSIG = 1
 RESTART_WAIT_S = 0.2
 STOP_LIMIT_S = 10.0
+GREETING_LIMIT_S = 10.0
+"""Where nobody listens, that is told at once; a server on a machine that stalls may take its time."""
 DISK_LOOK_S = 1.0
 ROOM_BYTES = 64 * MiB
 ROOM_SHARE = 0.05
@@ -58,10 +60,21 @@ def find_binary() -> str:
 
 def free_port() -> int:
     """A loopback port that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
+    held, port = held_port()
+    held.close()
+    return port
+
+
+def held_port() -> tuple[socket.socket, int]:
+    """A loopback port that nobody else is given until its socket is closed.
+
+    It is bound and nobody listens: who connects is refused. A server that is told the port can have it all the same,
+    and again when it was killed: servers reuse addresses.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held, held.getsockname()[1]
 
 
 def running_at(store: Path) -> str | None:
@@ -70,7 +83,7 @@ def running_at(store: Path) -> str | None:
         config = (store / "server.conf").read_text()
         host, port = re.search(r'listen: "(.+):(\d+)"', config).groups()  # type: ignore[union-attr]
         name = re.search(r'server_name: "(.+)"', config)[1]  # type: ignore[index]
-        with socket.create_connection((host, int(port)), 1.0) as connection:
+        with socket.create_connection((host, int(port)), GREETING_LIMIT_S) as connection:
             if name.encode() in connection.recv(4096):  # and not whoever else listens on that port by now
                 return f"nats://{host}:{port}"
     return None
@@ -93,6 +106,7 @@ class EmbeddedServer:
         self._binary = find_binary()
         self._name = f"gym-bus-{secrets.token_hex(6)}"
         self._lock: int | None = None
+        self._held: socket.socket | None = None
         self.port = port
         self.starts = 0
 
@@ -114,7 +128,8 @@ class EmbeddedServer:
             UsageError: the folder cannot be written, or another server keeps its streams there.
         """
         self._take_store()
-        self.port = self.port or free_port()
+        if not self.port:
+            self._held, self.port = held_port()
         settings = _CONFIG.format(
             name=self._name, port=self.port, max_file=self._config.max_file_bytes, sync=self._config.sync_interval
         )
@@ -220,7 +235,7 @@ class EmbeddedServer:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
         await self._end_process(limit_s)
-        self._release_store()
+        self._release()
 
     async def _end_process(self, limit_s: float) -> None:
         process = self._process
@@ -233,10 +248,13 @@ class EmbeddedServer:
             process.kill()
             await process.wait()
 
-    def _release_store(self) -> None:
+    def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def remove_store(self) -> None:
         """Delete the store; only when stopped."""

@@ -16,7 +16,7 @@ from gym_bus.bus.client import Client, heeding_cancellation
 from gym_bus.deadline import within
 from gym_bus.workers.results import ResultsConsumer
 
-LIMIT_S = 10.0
+LIMIT_S = 60.0
 
 
 class CancelledWithAnswer(dict[str, asyncio.Future[object]]):

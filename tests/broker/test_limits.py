@@ -172,6 +172,9 @@ async def test_a_hard_limit_is_found_kept_and_shared_with_who_joins(bus: Bus, na
             members = (await bus.state.get(subjects.LIMITS, key, Fleet)).members
             return joined.name in members and members[joined.name].places >= LIMIT // (WORKERS + 1) - 1
 
+        async def all_there() -> bool:
+            return (await bus.state.get(subjects.LIMITS, key, Fleet)).members.keys() == {one.name for one in crew}
+
         crew = [await workers.join() for _ in range(WORKERS)]
         await until(found)
         await kept(bus, key, endpoint, crew)
@@ -181,8 +184,7 @@ async def test_a_hard_limit_is_found_kept_and_shared_with_who_joins(bus: Bus, na
         crew.append(joined)
         await kept(bus, key, endpoint, crew)
 
-        record = await bus.state.get(subjects.LIMITS, key, Fleet)
-        assert set(record.members) == {worker.name for worker in crew}
+        await until(all_there)
 
 
 async def test_an_endpoint_that_never_refuses_is_not_held_back(nats_server: NatsServer, bus: Bus) -> None:

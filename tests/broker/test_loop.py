@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from conftest import until
 
 from gym_bus import subjects
-from gym_bus.bus import Bus, as_result
+from gym_bus.bus import FREE_DELIVERIES, Bus, as_result
 from gym_bus.errors import AgentError, BusError, FailureKind, SandboxError
 from gym_bus.messages import Attempt, Failed, Message, Policy, Request, Result, RolloutId, decode
 from gym_bus.settings import BusConfig, MiB, StreamConfig
@@ -234,29 +235,31 @@ async def test_draining_hands_back_what_is_not_finished(bus: Bus) -> None:
 
 async def test_a_full_stream_makes_the_outcome_wait_and_costs_no_second_try(bus: Bus) -> None:
     tight = BusConfig(
-        url=bus.config.url,
-        attempts=StreamConfig(max_msgs=1),
-        publish_limit_s=0.2,
-        max_deliver=2,
-        ack_wait_s=1.0,
-        heartbeat_s=0.2,
+        url=bus.config.url, attempts=StreamConfig(max_msgs=1), publish_limit_s=0.2, max_deliver=2, heartbeat_s=0.2
     )
     handler = Handler(at_once)
     async with await Bus.connect(tight) as narrow:
         await narrow.init()
         publish, tries = narrow.publish, 0
+        respond, extended = narrow.respond, Counter[str]()
 
         async def counted(*args: Any, **options: Any) -> bool:
             nonlocal tries
             tries += 1
             return await publish(*args, **options)
 
+        async def answered(reply: str, body: bytes) -> None:
+            extended[reply] += body == b"+WPI"
+            await respond(reply, body)
+
         narrow.publish = counted  # type: ignore[method-assign]
+        narrow.respond = answered  # type: ignore[method-assign]
         try:
             async with looping(narrow, handler) as loop:
                 await order(bus, 3)
-                await until(lambda: tries >= 9)  # three are published at once, two of them three times more
-                assert loop.in_flight == 2
+                await until(lambda: tries >= 9 and loop.in_flight == 2)  # three at once, two of them three times more
+                extended.clear()
+                await until(lambda: len(extended) == 2 and min(extended.values()) >= 2)  # their leases are kept
                 await until(lambda: emptied(bus))
         finally:
             await bus.init()
@@ -434,7 +437,7 @@ async def test_an_error_whose_words_cannot_be_encoded_is_a_failure(bus: Bus) -> 
 
 async def test_a_worker_that_dies_loses_its_lease_not_its_work(bus: Bus) -> None:
     sources = [Source(stream=subjects.REQUESTS, consumer="short", subject=subjects.request("batch", "simple", "*"))]
-    short = BusConfig(url=bus.config.url, ack_wait_s=2.5, heartbeat_s=0.2)
+    short = BusConfig(url=bus.config.url, ack_wait_s=1.0, heartbeat_s=0.2)
     held = Handler(forever)
     handler = Handler(at_once)
     async with await Bus.connect(short) as first, await Bus.connect(short) as second:
@@ -442,17 +445,26 @@ async def test_a_worker_that_dies_loses_its_lease_not_its_work(bus: Bus) -> None
         await dying.start()
         await order(bus, 2)
         await until(lambda: dying.in_flight == 2)
+        await until(lambda: leases_are_kept(bus, short.ack_wait_s))
         living = Loop(second, handler, sources, concurrency=2, prefetch=1, max_ack_pending=10, worker="living")
         await living.start()
-        lease_over = asyncio.get_running_loop().time() + 1.2 * short.ack_wait_s
-        await until(lambda: asyncio.get_running_loop().time() > lease_over)
-        assert handler.given == []  # the heartbeat kept the lease
         await first.client.close()  # as a killed process: no goodbye
         lease = (await bus.consumers.info(subjects.REQUESTS, "short")).config
         await bus.js.add_consumer(subjects.REQUESTS, lease, ack_wait=0.5)  # its end need not be waited for
         await until(lambda: len(handler.given) >= 2)
         await living.drain(1.0)
         await dying.drain(0.0)
+
+
+async def leases_are_kept(bus: Bus, lease_s: float) -> bool:
+    """Whether nothing is delivered again while leases would run out; a machine that stalls may need another look."""
+
+    async def deliveries() -> int:
+        return int((await bus.consumers.info(subjects.REQUESTS, "short")).delivered.consumer_seq)
+
+    before = await deliveries()
+    await asyncio.sleep(1.5 * lease_s)
+    return await deliveries() == before
 
 
 async def die_of(culprit: int, bus: Bus, handler: Handler) -> bool:
@@ -481,15 +493,17 @@ async def die_of(culprit: int, bus: Bus, handler: Handler) -> bool:
 async def test_a_message_that_kills_its_workers_ends_as_poison_and_takes_no_other_with_it(bus: Bus) -> None:
     handler = Handler(at_once)
     await order(bus, 40)
-    for _ in range(bus.config.max_deliver):
-        assert not await die_of(7, bus, handler)
-    assert await die_of(7, bus, handler)
+    lives = 0
+    while not await die_of(7, bus, handler):
+        lives += 1
+    # Of the first deliveries each counts as a try, also one of a lease that ran out while the machine stood still.
+    assert bus.config.max_deliver - FREE_DELIVERIES <= lives <= bus.config.max_deliver
     result = await the_result(bus, task=7)
     assert isinstance(result, Failed)
     assert result.failure.kind is FailureKind.POISON
     assert await waiting(bus, subjects.RESULTS) == 1
     assert await waiting(bus, subjects.ATTEMPTS) == 39
-    assert [m.rollout.task_index for m in handler.given].count(7) == bus.config.max_deliver
+    assert [m.rollout.task_index for m in handler.given].count(7) == lives
 
 
 async def test_an_order_that_was_stored_twice_is_worked_on_once(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,7 +535,7 @@ async def test_an_order_that_was_stored_twice_is_worked_on_once(bus: Bus, monkey
 
 async def both_are_leased(bus: Bus) -> bool:
     info = await bus.consumers.info(subjects.REQUESTS, "agent-batch-simple")
-    return bool(info.num_ack_pending == 2)
+    return bool(info.num_ack_pending >= 2)  # the broker may have got it again from a publisher that waited long
 
 
 async def forever(message: Message) -> Attempt:

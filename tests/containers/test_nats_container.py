@@ -27,7 +27,7 @@ def _docker() -> str:
     docker = shutil.which("docker")
     if docker is None:
         pytest.skip("no docker command")
-    asked = subprocess.run([docker, "info"], capture_output=True, text=True, timeout=20, check=False)
+    asked = subprocess.run([docker, "info"], capture_output=True, text=True, timeout=60, check=False)
     if asked.returncode != 0:
         pytest.skip(f"no Docker engine: {(asked.stderr or asked.stdout).strip().splitlines()[-1]}")
     return docker
@@ -42,7 +42,7 @@ def url() -> Iterator[str]:
         tar.add(find_binary(), "nats-server")
     changes = ['ENTRYPOINT ["/nats-server"]', 'CMD ["-js"]', "EXPOSE 4222 8222"]
     command = [docker, "import", *(part for change in changes for part in ("-c", change)), "-", IMAGE]
-    subprocess.run(command, input=packed.getvalue(), check=True, capture_output=True, timeout=60)
+    subprocess.run(command, input=packed.getvalue(), check=True, capture_output=True, timeout=100)
     # Read when the module is imported: no helper container can be pulled here, and the host's ports are ours.
     os.environ.update(
         TESTCONTAINERS_RYUK_DISABLED="true", TESTCONTAINERS_CONNECTION_MODE="docker_host", TC_POOLING_INTERVAL="0.05"

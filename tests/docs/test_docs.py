@@ -27,7 +27,7 @@ import pytest
 
 from gym_bus.benchmarks.spec import data_path, list_benchmarks, load_benchmark
 from gym_bus.cli.main import cli
-from gym_bus.server import free_port
+from gym_bus.server import held_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -37,7 +37,7 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "benchmarks").rglob("README.md")),
 ]
-LIMIT_S = 110
+LIMIT_S = 280
 BLOCK = re.compile(
     r"(?:<!-- file: (?P<file>\S+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -81,9 +81,9 @@ WITH_COMMANDS = [page for page in PAGES if commands(page) and page not in TUTORI
 @pytest.fixture(scope="module")
 def model() -> Iterator[int]:
     """The port of a simulated model that answers with a boxed 18."""
-    port = free_port()
+    held, port = held_port()
     command = ["gym-bus", "model", "serve", "--port", str(port), "models.simulated.simulated.text='\\boxed{18}'"]
-    with subprocess.Popen([str(BIN / command[0]), *command[1:]], stdout=subprocess.PIPE, text=True) as process:
+    with held, subprocess.Popen([str(BIN / command[0]), *command[1:]], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert "serving" in process.stdout.readline()
         yield port
@@ -132,12 +132,15 @@ def publish_gsm8k(folder: Path) -> None:
         (folder / name).write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
 
 
-def script(page: Path, folder: Path, port: int) -> str:
-    """The page's commands as one bash script that waits for what it started in the background."""
+def script(page: Path, folder: Path, own_ports: list[int], port: int) -> str:
+    """The page's commands as one bash script that waits for what it started in the background.
+
+    The servers of the page listen on `own_ports`; a simulated model does on `port`.
+    """
     lines = ["set -euo pipefail"]
-    ports = {"4222": str(free_port()), "8001": str(free_port())}
     served = any("--port 8000" in line for line in commands(page))
-    ports["8000"] = str(free_port() if served else port)
+    bus, other, model = own_ports
+    ports = {"4222": str(bus), "8001": str(other), "8000": str(model if served else port)}
     for line in commands(page):
         line = re.sub(r"\b(4222|8000|8001)\b", lambda m: ports[m[0]], line)
         if line.startswith(PLANNED):
@@ -169,9 +172,10 @@ def _marked(page: Path) -> Any:
 @pytest.mark.parametrize("page", [_marked(page) for page in WITH_COMMANDS])
 def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, model: int) -> None:
     lay_out(tmp_path, page, model)
+    held, ports = zip(*(held_port() for _ in range(3)), strict=True)
     path = f"{BIN}:{os.environ['PATH']}"
     process = subprocess.Popen(
-        ["bash", "-c", script(page, tmp_path, model)],
+        ["bash", "-c", script(page, tmp_path, [*ports], model)],
         cwd=tmp_path,
         env={**os.environ, "PATH": path},
         stdout=(tmp_path / "said").open("wb"),
@@ -183,6 +187,8 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, model: int) -> N
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        for port in held:
+            port.close()
     assert code == 0, (tmp_path / "said").read_text()[-4000:]
 
 

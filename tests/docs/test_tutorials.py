@@ -13,7 +13,7 @@ import pytest
 from docs.test_docs import BLOCK, TUTORIALS
 
 BIN = Path(sys.executable).parent
-LIMIT_S = 100
+LIMIT_S = 250
 
 
 def follow(page: Path, folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 GYM_BUS = [sys.executable, "-m", "gym_bus.cli.main"]
-LIMIT_S = 100
+LIMIT_S = 250
 
 
 class Cli:
@@ -59,7 +59,7 @@ class Cli:
         for process in self._running:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
+            process.wait(60)
             if process.stdout:
                 process.stdout.close()
 

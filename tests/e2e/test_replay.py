@@ -80,7 +80,7 @@ def test_a_local_run_is_looked_into_while_it_goes_on_and_after_it_was_killed(cli
     assert audit["accepted"] == audit["scored"] + audit["in_flight"] == 300
 
     os.killpg(running.pid, signal.SIGKILL)
-    running.wait(10)
+    running.wait(60)
     wait_for(lambda: "no run is going on" in asked())
     stopped = json_of(cli.folder, "audit", "out")
     assert [finding["check"] for finding in stopped["findings"]] == ["account"]

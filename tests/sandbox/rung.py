@@ -44,7 +44,7 @@ async def used() -> dict[str, object]:
     try:
         protections = slot.protections()
         held = [one async for one in hostile.examine(slot, protections, QUICK)]
-        limits = Limits(wall_s=5, cpu_s=2, memory_bytes=64 * 2**20)
+        limits = Limits(wall_s=30, cpu_s=20, memory_bytes=64 * 2**20)
         memory = await slot.run(Program(source=b"x = []\nwhile True: x.append(bytearray(2**20))"), limits=limits)
         cases = await slot.run_cases(Program(source=b"print(input())"), [b"1", b"2"], limits)
         pair = await slot.run_pair(ASKS, TELLS, limits)
@@ -76,7 +76,7 @@ async def numeric() -> str:
 async def session() -> list[str]:
     made = await Session.start(least=Level.LANDLOCK)
     try:
-        return [(await made.call(code, 5.0)).result for code in ("x = 20", "x + 1")]
+        return [(await made.call(code, 60.0)).result for code in ("x = 20", "x + 1")]
     finally:
         await made.close()
 

@@ -47,7 +47,7 @@ async def judge(
     fn_name: str | None = None,
     **options: Any,
 ) -> Verdict:
-    options.setdefault("unit_test_timeout_secs", 5.0)
+    options.setdefault("unit_test_timeout_secs", 30.0)
     return await CodeGen(**options).verify(Task(row=row(inputs, outputs, fn_name), response=answer), slot)
 
 
@@ -415,17 +415,18 @@ def test_a_lost_sandbox_is_a_sandbox_fault_and_the_next_check_gets_a_new_one(run
     right = check(row([""], ["1"]), fenced("print(1)"))
     answers(runner, right)
     (slot,) = runner._slots.values()
-    zygote = psutil.Process(slot._zygote.pid)
+    zygote, patient = psutil.Process(slot._zygote.pid), b'{"unit_test_timeout_secs":300}'
 
     def kill() -> None:
         while len(zygote.children(recursive=True)) < 2:  # the zygote itself, and a program
             time.sleep(0.001)
         zygote.kill()
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    lost, judged = answers(runner, check(row([""], ["1"]), fenced("import time\ntime.sleep(60)")), right)
-    killer.join(10)
+    sleeps = check(row([""], ["1"]), fenced("import time\ntime.sleep(600)"), options=patient)
+    lost, judged = answers(runner, sleeps, right)
+    killer.join(60)
 
     assert isinstance(lost, Broken) and isinstance(lost.error(), SandboxError)
     assert isinstance(judged, Judged) and judged.verdict.reward == 1.0

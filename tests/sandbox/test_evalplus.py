@@ -66,6 +66,7 @@ SQUARES = ready([0, 1, 4], [0, 1, 4, 9])
 
 
 async def judged(slot: Slot, row: Row, text: str, verifier: Verifier = HumanEval, **options: Any) -> Verdict:
+    options.setdefault("min_time_limit", 60.0)  # where a test is not about time, none may run out of it
     return await verifier(**options).verify(Task(row=row, response=response_of(text)), slot)
 
 
@@ -189,14 +190,14 @@ LIMITS = {"min_time_limit": 0.1, "gt_time_limit_factor": 4.0}
 
 
 @pytest.mark.asyncio(loop_scope="session")
-@pytest.mark.parametrize("body", ["while True: pass", "__import__('time').sleep(9)"])
+@pytest.mark.parametrize("body", ["while True: pass", "__import__('time').sleep(600)"])
 async def test_a_test_that_goes_past_its_limit_is_a_timeout(slot: Slot, body: str) -> None:
     row = ready([0], [])
 
     verdict = await judged(slot, row, fenced(f"def f(x):\n    {body}"), **LIMITS)
 
     assert (verdict.reward, verdict.extra["failure_reason"]) == (0.0, "timeout")
-    assert (verdict.extra["base_status"], verdict.extra["plus_status"]) == ("timeout", "pass")
+    assert verdict.extra["base_status"] == "timeout"
 
 
 @pytest.mark.asyncio(loop_scope="session")
@@ -210,18 +211,21 @@ async def test_a_solution_that_lifts_the_limit_of_a_test_is_ended_by_that_of_all
 
 @pytest.mark.asyncio(loop_scope="session")
 async def test_a_test_may_take_four_times_as_long_as_the_canonical_solution(slot: Slot) -> None:
-    row = {**ready([0], []), "base_tests": suite([0], seconds=0.6)}
-    code = "import time\ndef f(x):\n    time.sleep(0.7)\n    return 0"
+    row = {**ready([0], [0]), "base_tests": suite([0], seconds=15), "plus_tests": suite([0], seconds=15)}
+    code = "import time\ndef f(x):\n    time.sleep(0.3)\n    return 0"
 
     assert (await judged(slot, row, fenced(code), **LIMITS)).reward == 1.0
-    assert (await judged(slot, row, fenced(code), min_time_limit=0.1, gt_time_limit_factor=1)).reward == 0.0
+    assert (await judged(slot, row, fenced(code), min_time_limit=0.1, gt_time_limit_factor=0.01)).reward == 0.0
 
 
 @pytest.mark.asyncio(loop_scope="session")
 async def test_the_limits_of_both_suites_are_told_to_the_pool() -> None:
     few, many = Task(row=SQUARES, response={}), Task(row=ready([0] * 500, [0] * 500), response={})
 
+    slow = Task(row={**SQUARES, "base_tests": suite([0, 1], seconds=1.5)}, response={})
+
     assert HumanEval().longest_s(few) == 2 * (3 + 1) + 2 * (4 + 1)
+    assert HumanEval().longest_s(slow) == 2 * (2 * 4 * 1.5 + 1) + 2 * (4 + 1)
     assert HumanEval().longest_s(many) == 2 * 2 * (60 + 1)
 
 
@@ -252,7 +256,7 @@ async def test_inputs_whose_output_is_no_data_or_does_not_come_are_left_out_and_
     slot: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evalplus_data, "CALLS_BYTES", 8)  # more than one program
-    monkeypatch.setattr(evalplus_data, "CALL_LIMIT_S", 0.2)
+    monkeypatch.setattr(evalplus_data, "CALL_LIMIT_S", 1.0)
     body = (
         "    import os\n    if x == 1: raise ValueError\n    if x == 2: return [object()]\n"
         "    if x == 3: os._exit(0)\n    while x == 4: pass\n    return x\n"
@@ -347,7 +351,9 @@ def test_the_command_prepares_rows_and_of_the_audits_cheats_only_thinking_passes
     assert f"{row['task_id']}: 1 tests left out" in said.output
     (prepared,) = (tmp_path / name / "plus.jsonl").read_text().splitlines()
     assert len(json.loads(prepared)["plus_tests"]["outputs"]) == len(row["plus_input"])
-    findings = asyncio.run(attack(load_benchmark(name), tmp_path, split="plus", limit=5))
+    benchmark = load_benchmark(name)
+    benchmark.spec.verifier.options["min_time_limit"] = 60.0
+    findings = asyncio.run(attack(benchmark, tmp_path, split="plus", limit=5))
     assert {finding.case for finding in findings if finding.state == "does not hold"} == {"think_closed", "think_open"}
     assert {finding.case: finding.state for finding in findings}["gold"] == "holds"
 

@@ -8,7 +8,7 @@ import pytest
 
 from gym_bus.errors import SandboxError, SandboxRefused
 from gym_bus.sandbox.api import Ended, Limits, Outcome, Program
-from gym_bus.sandbox.hostile import ATTACKS, HONEST, HONEST_SAYS, LIMITS, Attack, examine
+from gym_bus.sandbox.hostile import ATTACKS, HONEST, HONEST_INPUT, HONEST_SAYS, LIMITS, Attack, examine
 from gym_bus.sandbox.protections import NAMES, Protection
 from gym_bus.sandbox.slot import Slot
 
@@ -20,6 +20,7 @@ GROUPS = dict.fromkeys(attack.group for attack in ATTACKS)
 @session_loop
 @pytest.mark.parametrize("group", GROUPS)
 async def test_hostile_programs_are_held_and_an_honest_one_right_behind_each_is_right(slot: Slot, group: str) -> None:
+    assert (await slot.run(HONEST, HONEST_INPUT)).stdout == HONEST_SAYS
     before = slot._zygote.pid
     attacks = [attack for attack in ATTACKS if attack.group == group]
 

@@ -33,6 +33,7 @@ BARE_ROOT: dict[str, Any] = {"capabilities": [], "refuse": ["namespaces"]}
 NOTHING: dict[str, Any] = {"user": NOBODY, "refuse": ["namespaces", "landlock"]}
 SWITCHED_OFF: dict[str, Any] = {"user": NOBODY, "sysctl": True}
 
+pytestmark = pytest.mark.timeout(300)  # three examinations at once
 needs_landlock = pytest.mark.skipif(landlock.version() < landlock.SCOPES, reason="no Landlock of version 6 here")
 
 
@@ -47,7 +48,7 @@ def start(options: dict[str, Any], *command: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
 

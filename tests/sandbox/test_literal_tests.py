@@ -155,7 +155,7 @@ SOLUTIONS = {
 @pytest.mark.asyncio(loop_scope="session")
 @pytest.mark.parametrize("code", SOLUTIONS.values(), ids=SOLUTIONS)
 async def test_the_verdict_is_that_of_the_tester(slot: Slot, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    verifier = Mbpp(cpu_s=0.2)
+    verifier = Mbpp(**({"cpu_s": 0.2} if code == SOLUTIONS["endless"] else {}))
     text = {"type": "output_text", "text": f"```python\n{code}\n```"}
     response = {"output": [{"type": "message", "role": "assistant", "content": [text]}]}
     task = Task(row={"test_list": TESTS, "code": "def f(x): ..."}, response=response)

@@ -23,7 +23,7 @@ from gym_bus.verifiers.service import VerifierService, require_sandbox
 
 session_loop = pytest.mark.asyncio(loop_scope="module")
 NUMPY = "numpy numpy.random"
-SMALL = Limits(wall_s=10, cpu_s=5, memory_bytes=64 * 2**20)
+SMALL = Limits(wall_s=60, cpu_s=30, memory_bytes=64 * 2**20)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -148,10 +148,13 @@ async def test_programs_have_the_packages_of_their_verifier_and_of_the_workers_s
 
 
 async def test_a_python_tool_gives_its_sessions_packages() -> None:
-    class Prepared(PythonTool):
+    class Plain(PythonTool):
+        call_limit_s = 60.0
+
+    class Prepared(Plain):
         preload = "numpy"
 
-    for kind in (PythonTool, Prepared):
+    for kind in (Plain, Prepared):
         tool = kind({}, RolloutId("job", 0, 0))
         try:
             found = await tool.call("python", {"code": "import sys\n'numpy' in sys.modules"})

@@ -11,12 +11,14 @@ import psutil
 import pytest
 import pytest_asyncio
 from conftest import until
+from sessions import SAYS_SO, alive, time_begins_when_it_says_so, with_children
 
 from gym_bus.errors import SandboxError
+from gym_bus.sandbox import session as session_module
 from gym_bus.sandbox.session import DEFAULT_SESSION_LIMITS, PRINTED_BYTES, Answer, Session
 from gym_bus.sandbox.session_side import RESULT_BYTES
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 """Of calls that are to end by themselves."""
 
 
@@ -45,15 +47,7 @@ def need_forks(session: Session) -> None:
 
 def processes(session: Session) -> list[psutil.Process]:
     assert session._slot._zygote.pid
-    first = psutil.Process(session._slot._zygote.pid)
-    return [first, *first.children(recursive=True)]
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+    return with_children([psutil.Process(session._slot._zygote.pid)])
 
 
 async def test_variables_functions_files_and_the_last_value_last_from_call_to_call(session: Session) -> None:
@@ -191,9 +185,10 @@ async def test_what_a_call_did_to_its_output_does_not_last(session: Session, cod
 async def test_a_call_over_its_limit_ends_the_session_and_keeps_what_it_had_printed(session: Session) -> None:
     held = processes(session)
 
-    answer = await session.call("print('so far', end='')\nwhile True: pass", 0.5)
+    with time_begins_when_it_says_so():
+        answer = await session.call(f"print('so far', end='')\n{SAYS_SO}while True: pass", 0.1)
 
-    assert (answer.printed, answer.over) == ("so far", "the call ran longer than 0.5 s")
+    assert (answer.printed, answer.over) == ("so far", "the call ran longer than 0.1 s")
     assert session.over
     await until(lambda: not any(map(alive, held)))
 
@@ -216,7 +211,11 @@ async def test_an_end_of_the_interpreter_is_told_and_is_no_error(session: Sessio
     assert (answer.printed, answer.result) == ("last\n", "")
 
 
-async def test_code_that_closes_its_socket_and_goes_on_is_ended(session: Session) -> None:
+async def test_code_that_closes_its_socket_and_goes_on_is_ended(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "DEATH_S", 0.1)
+
     answer = await session.call("import os, time; os.close(3); time.sleep(1000)", LIMIT_S)
 
     assert answer.over == "the code closed the session's socket"
@@ -300,15 +299,15 @@ async def test_a_call_whose_caller_is_cancelled_ends_the_session(session: Sessio
     assert session.over
 
 
-async def test_a_start_that_is_cancelled_leaves_no_process() -> None:
-    before = set(psutil.Process().children(recursive=True))
+async def test_a_start_that_is_cancelled_leaves_no_process(zygotes: list[psutil.Process]) -> None:
     starting = asyncio.create_task(Session.start())
-    await until(lambda: set(psutil.Process().children(recursive=True)) - before)
+    await until(lambda: zygotes)
+    held = with_children(zygotes)
     starting.cancel()
 
     with contextlib.suppress(asyncio.CancelledError):
         await (await starting).close()  # it was ready before the cancellation came
-    await until(lambda: not set(psutil.Process().children(recursive=True)) - before)
+    await until(lambda: not any(map(alive, [*held, *zygotes])))
 
 
 async def test_twenty_sessions_run_at_once() -> None:

@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 from conftest import until
+from sessions import SAYS_SO, alive, time_begins_when_it_says_so, with_children
 
 from gym_bus.agents.base import Context, Task
 from gym_bus.agents.python_tool import PythonTool
@@ -44,7 +45,7 @@ async def _sandbox() -> None:
 class Box(PythonTool):
     """Loses its session at a touch."""
 
-    call_limit_s = 20.0
+    call_limit_s = 60.0
     limits = msgspec.structs.replace(DEFAULT_SESSION_LIMITS, memory_bytes=128 * 2**20)
 
 
@@ -73,29 +74,15 @@ async def run_hastily(box: PythonTool, code: str) -> str:
         del box.call_limit_s
 
 
-def children() -> set[psutil.Process]:
-    """What this process has started, zombies aside."""
-    found = psutil.Process().children(recursive=True)
-    return {process for process in found if alive(process)}
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
 async def test_the_tool_is_registered_and_has_one_name() -> None:
     assert TOOLBOXES.load("python") is PythonTool
     assert PythonTool({}, ROLLOUT).names() == ("python",)
 
 
-async def test_a_toolbox_that_is_not_used_starts_nothing() -> None:
-    before = children()
-
+async def test_a_toolbox_that_is_not_used_starts_nothing(zygotes: list[psutil.Process]) -> None:
     async with opened():
-        assert children() == before
+        assert zygotes == []
+    assert zygotes == []
 
 
 @pytest.mark.parametrize(
@@ -133,7 +120,8 @@ async def test_a_call_over_its_limit_is_told_and_the_next_starts_afresh() -> Non
     async with opened() as box:
         await run(box, "x = 1")
 
-        told = await run_hastily(box, "print('so far')\nwhile True: pass")
+        with time_begins_when_it_says_so():
+            told = await run_hastily(box, f"print('so far')\n{SAYS_SO}while True: pass")
         after = await run(box, "x")
 
     assert told == f"so far\n[The session has ended: the call ran longer than 0.5 s. {LOST}"
@@ -185,14 +173,13 @@ async def test_a_call_that_the_agent_gives_up_ends_the_session_and_the_next_call
         )
 
 
-async def test_an_idle_session_ends_by_itself() -> None:
+async def test_an_idle_session_ends_by_itself(zygotes: list[psutil.Process]) -> None:
     class Idle(Box):
         idle_limit_s = 0.05
 
-    before = children()
     async with opened(Idle) as box:
         await run(box, "x = 1")
-        await until(lambda: children() == before)
+        await until(lambda: not any(map(alive, zygotes)))
 
         assert await run(box, "2") == (
             "[This is a fresh session, earlier variables are lost: there was no call for 0.05 s.]\n2"
@@ -254,12 +241,12 @@ async def test_a_session_that_cannot_start_is_told_and_holds_no_place(monkeypatc
         assert await run(box, "1") == "1"
 
 
-async def test_closing_leaves_no_process_and_takes_no_more_calls() -> None:
-    before = children()
+async def test_closing_leaves_no_process_and_takes_no_more_calls(zygotes: list[psutil.Process]) -> None:
     box = Box({}, ROLLOUT)
     await run(box, "1")
     running, queued = (asyncio.create_task(run(box, "while True: pass")) for _ in range(2))
     await until(lambda: box._session is not None and box._session._lock.locked())
+    held = with_children(zygotes)
 
     await box.close()
 
@@ -267,7 +254,8 @@ async def test_closing_leaves_no_process_and_takes_no_more_calls() -> None:
     for late in (queued, run(box, "1")):
         with pytest.raises(ToolError, match="the rollout is over"):
             await late
-    await until(lambda: children() == before)
+    assert len(held) >= 3  # the process that holds the zygote, the zygote, the session
+    await until(lambda: not any(map(alive, held)))
     await box.close()
 
 
@@ -277,6 +265,7 @@ from gym_bus.agents.python_tool import PythonTool
 from gym_bus.messages import RolloutId
 
 async def main():
+    PythonTool.call_limit_s = 600.0
     idle, busy = (PythonTool({}, RolloutId("job", 0, n)) for n in range(2))
     await idle.call("python", {"code": "x = 1"})
     await busy.call("python", {"code": "x = 1"})
@@ -336,8 +325,10 @@ async def context_of(endpoint: Scripted) -> AsyncIterator[Context]:
         await runner.cleanup()
 
 
-async def test_the_simple_agent_works_with_one_session_per_rollout_and_closes_it() -> None:
-    before = children()
+async def test_the_simple_agent_works_with_one_session_per_rollout_and_closes_it(
+    zygotes: list[psutil.Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PythonTool, "call_limit_s", 60.0)
     codes = ("x = 20", "print('hi')\nx + 1", "1 / 0", "import os; os._exit(1)", "x", "exit()")
 
     async with context_of(Scripted(*codes)) as context:
@@ -352,4 +343,5 @@ async def test_the_simple_agent_works_with_one_session_per_rollout_and_closes_it
     assert outputs[4].startswith("[This is a fresh session") and outputs[4].endswith("name 'x' is not defined")
     assert outputs[5].startswith("[The code called exit()")
     assert items[-1]["content"][0]["text"] == "done"
-    await until(lambda: children() == before)
+    assert len(zygotes) == 2  # a second one after the end of the first
+    await until(lambda: not any(map(alive, zygotes)))

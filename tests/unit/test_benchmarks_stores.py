@@ -299,11 +299,11 @@ def wait_for(url: str, limit_s: float) -> None:
 
 def gitlab_store(server: GitlabStandIn, token: str = TOKEN) -> Store:
     uri = f"{server.url}/api/v4/projects/7/ml/mlflow"
-    return open_store("gitlab", RegistryConfig(mlflow_tracking_uri=uri, mlflow_tracking_token=token, limit_s=10))
+    return open_store("gitlab", RegistryConfig(mlflow_tracking_uri=uri, mlflow_tracking_token=token, limit_s=60))
 
 
 def hub_store(server: HuggingFaceStandIn, token: str = TOKEN, **more: Any) -> Store:
-    return open_store("hf", RegistryConfig(hf_endpoint=server.url, hf_token=token, limit_s=10, **more))
+    return open_store("hf", RegistryConfig(hf_endpoint=server.url, hf_token=token, limit_s=60, **more))
 
 
 def rows_file(folder: Path, text: str = ROW) -> Path:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from gym_bus.cli import display
 from gym_bus.jobs import JobRecord
 from gym_bus.messages import RolloutId
 from gym_bus.results.ledger import FailedRollout, Ledger
+from gym_bus.workers import run as run_module
 from gym_bus.workers.run import Progress
 
 MINE = """\
@@ -446,6 +447,8 @@ async def test_without_a_terminal_a_line_says_how_far_a_run_is_and_how_long_it_w
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(display, "PLAIN_EVERY_S", -1.0)
+    clock = SimpleNamespace(monotonic=lambda: 100.0)
+    monkeypatch.setattr(run_module, "time", clock)
     run = Progress(JobRecord(job="j", benchmark="mine", model="m", spans=[(0, 10, 4)]), Ledger("j", 10, 4))
     with display.live(quiet=False) as shown:
         shown.begin(run)
@@ -453,7 +456,7 @@ async def test_without_a_terminal_a_line_says_how_far_a_run_is_and_how_long_it_w
         for task in range(10):
             run.ledger.record_scored(RolloutId("j", task, 0), task % 2)
         run.ledger.record_failed(RolloutId("j", 0, 1), FailedRollout("rate_limited", 1, False))
-        run.finished, run._started = 10, time.monotonic() - 4
+        run.finished, clock.monotonic = 10, lambda: 104.0
         shown.refresh()
 
     assert capsys.readouterr().err.splitlines() == [

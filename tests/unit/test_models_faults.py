@@ -57,12 +57,12 @@ async def test_a_call_ends_in_time_with_the_class_of_what_was_wrong(name: str) -
 
 @pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.kind != FailureKind.REQUEST_REFUSED])
 async def test_the_next_try_is_not_harmed_by_it(name: str) -> None:
-    fault, retry = FAULTS[name], RetryConfig(wait_s=0.01, max_wait_s=0.02, timeout=5)
+    fault, retry = FAULTS[name], RetryConfig(wait_s=0.01, max_wait_s=0.02, timeout=20)
     async with asked(fault, None, retry=retry, call_limit_s=limit_of(fault)) as (model, endpoint):
         answer = await asyncio.wait_for(model.respond({"input": "hi"}, INFO), AMPLE_S / 2)
     assert b"boxed{A}" in answer.body
     tries = endpoint.asked.total()
-    assert tries == 2 or (tries < 6 and fault.kind is FailureKind.MODEL_TIMEOUT)  # a short limit may pass by itself
+    assert tries == 2 or (2 < tries < 22 and limit_of(fault) == LIMIT_S)  # a short limit may pass by itself
 
 
 async def test_silence_is_told_apart_from_slowness() -> None:

@@ -34,7 +34,6 @@ from gym_bus.models.refusals import Refusals
 from gym_bus.models.registry import Models
 from gym_bus.models.serve import make_app, serve
 from gym_bus.models.simulated import SimulatedModel
-from gym_bus.server import free_port
 from gym_bus.settings import Distribution, ModelConfig, RetryConfig, SimulatedConfig
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -378,10 +377,9 @@ async def test_an_answer_that_the_endpoint_broke_off_is_an_error(choice: dict[st
         assert (await ask()).tries == 2
 
 
-async def test_a_refused_connection_names_the_address() -> None:
-    port = free_port()
-    async with asking(Endpoint(says(GOOD)), base_url=f"http://127.0.0.1:{port}/v1") as ask:
-        with pytest.raises(ModelUnreachable, match=str(port)):
+async def test_a_refused_connection_names_the_address(closed_port: int) -> None:
+    async with asking(Endpoint(says(GOOD)), base_url=f"http://127.0.0.1:{closed_port}/v1") as ask:
+        with pytest.raises(ModelUnreachable, match=str(closed_port)):
             await ask()
 
 

@@ -21,9 +21,10 @@ from gym_bus.errors import AgentError
 from gym_bus.messages import Attempt, Failed, Request, RolloutId, Usage
 from gym_bus.models.api import CallInfo
 from gym_bus.models.body import chat_body, response_body
+from gym_bus.models.gate import Gate
 from gym_bus.models.registry import Models
 from gym_bus.models.serve import serve
-from gym_bus.server import free_port
+from gym_bus.models.throttle import End, Ticket
 from gym_bus.settings import AgentConfig, ModelConfig, RetryConfig
 from gym_bus.workers.agent import AgentWorker
 
@@ -301,8 +302,8 @@ async def test_the_callers_own_timeout_wins() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
-async def test_an_endpoint_that_is_not_there_is_a_connection_error(host: str) -> None:
-    models = Models({"m": ModelConfig(base_url=f"http://{host}:{free_port()}/v1")})
+async def test_an_endpoint_that_is_not_there_is_a_connection_error(host: str, closed_port: int) -> None:
+    models = Models({"m": ModelConfig(base_url=f"http://{host}:{closed_port}/v1")})
     try:
         with pytest.raises(openai.APIConnectionError) as e:
             await chat(Account().client(models))
@@ -391,7 +392,7 @@ async def test_the_calls_of_a_rollout_carry_its_header_and_are_accounted(chat: b
     one, other = Account(), Account(RolloutId("job", 4, 0))
     async with client_of(answer, account=one) as (client, models):
         await ask(client, chat)
-        await ask(client.with_options(timeout=9), chat, extra_headers={"x-gym-rollout": "of/no/body/else"})
+        await ask(client.with_options(timeout=60), chat, extra_headers={"x-gym-rollout": "of/no/body/else"})
         await ask(other.client(models), chat)
 
     assert asked == ["job/3/1/2", "job/3/1/2", "job/4/0/2"]
@@ -522,19 +523,43 @@ async def test_only_what_asks_the_model_counts_and_a_retry_is_the_same_call() ->
     assert (account.timings.model_calls, account.usages) == (2, [USAGE])
 
 
-async def test_the_wait_for_a_turn_is_queueing_and_not_the_models_time() -> None:
-    statuses = iter((429, 200))
+async def test_the_wait_for_a_turn_is_queueing_and_not_the_models_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    enter = Gate.enter
+
+    async def enter_late(gate: Gate, *limits: float) -> Ticket:
+        await asyncio.sleep(0.2)
+        return await enter(gate, *limits)
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response(CHAT)
+
+    monkeypatch.setattr(Gate, "enter", enter_late)
+    account, began = Account(), time.monotonic()
+    async with client_of(answer, account=account) as (client, _):
+        await chat(client)
+    whole_s = time.monotonic() - began
+
+    assert account.timings.model_queue_s >= 0.199
+    assert 0 < account.timings.model_s <= whole_s - account.timings.model_queue_s
+
+
+async def test_the_gate_is_told_of_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave, ends, statuses = Gate.leave, list[End](), iter((429, 200))
+
+    def leave_with(gate: Gate, ticket: Ticket, end: End, retry_after_s: float | None = None) -> None:
+        ends.append(end)
+        leave(gate, ticket, end, retry_after_s)
 
     async def answer(request: web.Request) -> web.Response:
         return web.json_response(CHAT, status=next(statuses))
 
-    account = Account()
-    async with client_of(answer, account=account, retry=RetryConfig(wait_s=0.5, max_wait_s=0.5)) as (client, _):
+    monkeypatch.setattr(Gate, "leave", leave_with)
+    async with client_of(answer, retry=RetryConfig(wait_s=0.01, max_wait_s=0.01)) as (client, _):
         with pytest.raises(openai.RateLimitError):
             await chat(client)
-        await chat(client)  # the gate holds it back for a while
+        assert await chat(client) == "é"
 
-    assert account.timings.model_queue_s > account.timings.model_s > 0
+    assert ends == [End.REFUSED, End.TAKEN]
 
 
 class Chatty:

@@ -136,7 +136,7 @@ def test_a_role_needs_no_more_than_its_extra_installs(extra: str, work: str) -> 
         [sys.executable, "-c", WITHOUT + work, " ".join(lacking)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
@@ -145,7 +145,7 @@ def test_a_role_needs_no_more_than_its_extra_installs(extra: str, work: str) -> 
 def test_the_command_says_what_to_install_where_an_install_has_too_little() -> None:
     work = "sys.argv[1:] = ['list']; import gym_bus.cli; gym_bus.cli.start()"
     ran = subprocess.run(
-        [sys.executable, "-c", WITHOUT + work, "click"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", WITHOUT + work, "click"], capture_output=True, text=True, timeout=100, check=False
     )
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith("error: this needs click, which is not installed: pip install 'gym-bus[cli]'")

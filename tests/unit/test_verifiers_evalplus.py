@@ -123,7 +123,7 @@ def test_an_output_made_to_collide_is_refused_at_once(task: str, output: Any) ->
 
     assert not Oracle(dataset, entry_point, 1e-6).accepts(["t", []], output, ["l", [1, 2]])
 
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 10  # the rest would take minutes
 
 
 @pytest.mark.parametrize("output", [[], ["l"], [["l"], 1], ["l", 3], {}, ["?", 1], ["f", "x"], ["d", [1]]])

@@ -150,7 +150,7 @@ def test_the_last_box_that_balances_is_found(text: str, content: str | None) -> 
         lambda n: without_think("<think></think>" * n),
     ],
 )
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_repetitions_are_read_in_linear_time(read: Callable[[int], object]) -> None:
     read(200_000)
 

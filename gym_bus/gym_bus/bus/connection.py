@@ -60,7 +60,7 @@ class Bus:
         """Connect, reconnecting for ever afterwards.
 
         Raises:
-            BusError: no server answers at the address within `connect_limit_s`, or it has no JetStream.
+            BusError: no server answers at the address within `connect_limit_s`, or it refuses.
         """
         address = url or config.url
         if not address:
@@ -75,16 +75,20 @@ class Bus:
                     callback()
 
         told: list[Exception] = []
+        deadline = asyncio.timeout(config.connect_limit_s)
 
         async def error(e: Exception) -> None:
             if not told or not _is_telling(told[0]):  # a server that refuses also closes the connection, first or later
                 told[:] = [e]
             log.info("bus_error", error=repr(e))
+            hopeless = len(servers) == 1 and _is_telling(e)  # it would say the same until the time is over
+            if hopeless and not made and not deadline.expired():
+                deadline.reschedule(asyncio.get_running_loop().time())
 
         options: dict[str, Any] = {"user_credentials": config.credentials} if config.credentials else {}
         client = Client()
         try:
-            async with asyncio.timeout(config.connect_limit_s):
+            async with deadline:
                 await client.connect(
                     servers,
                     name=name,
@@ -209,12 +213,13 @@ class Bus:
     # -- told to whoever listens --------------------------------------------------------------------------------------
 
     async def announce(self, subject: str, body: bytes = b"") -> None:
-        """Tell whoever listens now; not stored. Raises BusError where the server does not confirm within 2 s."""
-        try:
+        """Tell whoever listens now; not stored. Raises BusError where the server does not confirm."""
+
+        async def told() -> None:
             await self.client.publish(subject, body)
-            await self.client.flush(timeout=2)
-        except (TimeoutError, nats.errors.Error) as e:
-            raise trouble(subject, e) from None
+            await self.client.flush()
+
+        await answered(told(), subject)
 
     async def listen(self, subject: str, callback: Callable[[str, bytes], None]) -> None:
         """Call back for every announcement on `subject`."""

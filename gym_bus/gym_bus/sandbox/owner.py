@@ -33,8 +33,9 @@ from gym_bus.sandbox.protections import Level
 log = get_logger(__name__)
 
 START_LIMIT_S = 20.0
-GRACE_S = 5.0
-"""Beyond a program's wall limit, for the zygote to kill it, clean up and answer."""
+GRACE_S = 15.0
+"""Beyond a program's wall limit, for the zygote to kill it, clean up and answer, on a machine that stands still at
+times, too."""
 LEAVE_S = 0.5
 """For a zygote to end by itself."""
 _SCRATCH_PREFIX = "gym-bus-sandbox-"

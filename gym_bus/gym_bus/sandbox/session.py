@@ -26,8 +26,8 @@ DEFAULT_SESSION_LIMITS = Limits(wall_s=24 * 3600.0, cpu_s=600.0, output_bytes=0)
 """Of a whole session. CPU seconds are counted per process, and what runs between two calls counts too."""
 PRINTED_BYTES = 16 * 1024
 """Of what one call prints, standard output and error together."""
-DEATH_S = 2.0
-"""How long a session may take to be seen dead after its socket has closed."""
+DEATH_S = 10.0
+"""How long a session may take to be seen dead after its socket has closed, on a machine that stands still at times."""
 
 _MODULE = session_side.__name__
 _PROGRAM = Program(source=f"from {_MODULE} import main; main()".encode())
