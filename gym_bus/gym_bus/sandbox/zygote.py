@@ -52,7 +52,7 @@ ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 a bound on them."""
 MAX_MESSAGE = 65_536
 MOST_FDS = 8
-SET_UP_S = 4.0
+SET_UP_S = 10.0
 """Of a program's process, beyond its own wall time: less than the owner waits for."""
 
 
