@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
+from gym_bus import registry
+from gym_bus.benchmarks import spec
 from gym_bus.bus import Bus
 from gym_bus.sandbox import owner
 from gym_bus.server import find_binary, held_port
@@ -76,6 +78,13 @@ def wait_for_port(port: int, limit_s: float = 60.0) -> None:
             pass
         assert time.monotonic() < deadline, f"nothing answers on port {port}"
         time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders that one test makes known are not there for the next."""
+    monkeypatch.setattr(registry, "_OFFERED", {})
+    monkeypatch.setattr(spec, "_added", {})
 
 
 @pytest.fixture(scope="session")

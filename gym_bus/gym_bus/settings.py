@@ -189,10 +189,11 @@ class RayConfig(_Section, frozen=True):
 
     address: Annotated[str, Meta(pattern=r"^(auto|[^/]+:[0-9]+)$")] | None = None
     """`host:port` of a running cluster's head, or `auto` for the cluster of this machine; null starts a small Ray of
-    the worker's own on demand. The cluster's machines need the worker's versions of Python and Ray, and what gym_bus
+    the worker's own on demand. The worker has to run on a node of that cluster, which may be one without CPUs to give
+    (`ray start --num-cpus=0`). The cluster's machines need the worker's versions of Python and Ray, and what gym_bus
     imports; gym_bus itself is sent there."""
     actors: Annotated[int, Meta(ge=0)] = 0
-    """Actors per verifier worker; 0 for one per local core."""
+    """Actors per verifier worker; 0 for one per core that the worker may run on, however little of them it gets."""
     cpus_per_actor: Annotated[float, Meta(ge=0)] = 1.0
     """CPUs that an actor asks the cluster for; it is placed where they are free."""
     memory_bytes_per_actor: Annotated[int, Meta(ge=0)] = 0

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from gym_bus import registry
 from gym_bus.benchmarks.spec import Benchmark, load_benchmark
 from gym_bus.errors import ConfigError
 from gym_bus.verifiers.batching import BatchingPool
@@ -21,11 +20,6 @@ BUILT_IN = ("gsm8k", "math500", "mmlu_stem", "humaneval", "mbpp", "example_multi
 HEAD = "import random, time\nfrom gym_bus.verifiers.base import Placement, Verdict\nfrom gym_bus.verifiers.text import "
 HEAD += "output_text\nclass Judge:\n    placement, required = Placement.CPU, ()\n    def verify(self, task):\n"
 SOUND = "        return Verdict(reward=float(output_text(task.response) == 'gold ' + task.row['answer']))\n"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_OFFERED", {})
 
 
 def judged_by(folder: Path, body: str, more: str = "") -> Benchmark:

@@ -7,18 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gym_bus import registry
 from gym_bus.agents.registry import AGENTS
-from gym_bus.benchmarks import scaffold, spec
+from gym_bus.benchmarks import scaffold
 from gym_bus.benchmarks.spec import add_folders, load_benchmark
 from gym_bus.errors import ConfigError, UsageError
 from gym_bus.verifiers.registry import VERIFIERS
-
-
-@pytest.fixture(autouse=True)
-def _nothing_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_OFFERED", {})
-    monkeypatch.setattr(spec, "_added", {})
 
 
 @pytest.mark.parametrize("kind", scaffold.KINDS)

@@ -6,6 +6,7 @@ Ray actors and local child processes differ in how a batch reaches them; everyth
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
@@ -23,6 +24,11 @@ BATCH_BYTES = 4 * 2**20
 START_LIMIT_S = 120.0
 FIRST_WAIT_S, MOST_WAIT_S = 1.0, 30.0
 """Between starts of a worker that fail; doubled with each."""
+
+
+def workers_of(config: VerifierConfig) -> int:
+    """How many pool workers a configuration asks for."""
+    return config.ray.actors or len(os.sched_getaffinity(0))
 
 
 class WorkerLost(Exception):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import socket
 import sys
 from functools import partial
@@ -16,7 +15,7 @@ from gym_bus.errors import SandboxError
 from gym_bus.registry import offered
 from gym_bus.server import die_with_parent
 from gym_bus.settings import VerifierConfig
-from gym_bus.verifiers.batching import BatchingPool, WorkerLost
+from gym_bus.verifiers.batching import BatchingPool, WorkerLost, workers_of
 from gym_bus.verifiers.runner import VerifierRunner
 
 CLOSE_LIMIT_S = 5.0
@@ -113,4 +112,4 @@ class LocalPool(BatchingPool):
     """`BatchingPool` on child processes, one per core unless `ray.actors` says otherwise."""
 
     def __init__(self, config: VerifierConfig) -> None:
-        super().__init__(config, config.ray.actors or os.cpu_count() or 1, partial(_Child.start, config))
+        super().__init__(config, workers_of(config), partial(_Child.start, config))

@@ -26,7 +26,7 @@ from gym_bus.errors import SandboxError
 from gym_bus.logs import get_logger
 from gym_bus.registry import Offers, offered, take_over
 from gym_bus.settings import RayConfig, VerifierConfig
-from gym_bus.verifiers.batching import BatchingPool, WorkerLost
+from gym_bus.verifiers.batching import BatchingPool, WorkerLost, workers_of
 from gym_bus.verifiers.runner import VerifierRunner
 
 log = get_logger(__name__)
@@ -396,7 +396,7 @@ class RayPool(BatchingPool):
     """`BatchingPool` on Ray actors, one per core unless `ray.actors` says otherwise."""
 
     def __init__(self, config: VerifierConfig) -> None:
-        actors = config.ray.actors or os.cpu_count() or 1
+        actors = workers_of(config)
         self._ray = _Ray(config.ray, actors)
 
         async def start() -> _RayWorker:
