@@ -15,10 +15,13 @@ import click
 import pytest
 import yaml
 
+from gym_bus.agents.registry import AGENTS
 from gym_bus.cli.main import cli
 from gym_bus.config import Config, load_config
 from gym_bus.models.registry import Models
+from gym_bus.registry import Registry
 from gym_bus.server import find_binary
+from gym_bus.verifiers.registry import VERIFIERS
 from gym_bus.verifiers.service import VerifierService
 from gym_bus.workers.agent import AgentWorker
 from gym_bus.workers.main import DRAIN_S
@@ -103,6 +106,11 @@ def settings_of(tmp_path: Path, overrides: list[str] | None = None) -> Config:
     return load_config([BASE / name for name in SETTINGS], overrides or [], env_file=env)
 
 
+def built_in(known: Registry[Any]) -> list[str]:
+    """Without the plug-ins of other tests."""
+    return [name for name in known if known._paths.get(name, "").startswith("gym_bus.")]
+
+
 @pytest.mark.parametrize(
     ("commands", "roles"),
     [
@@ -173,7 +181,10 @@ def test_the_clusters_server_configuration_is_valid(tmp_path: Path) -> None:
 
 
 def test_keda_looks_at_every_consumer_that_the_workers_make(tmp_path: Path) -> None:
-    config = settings_of(tmp_path)
+    ours = [
+        f"{role}.names=[{','.join(built_in(known))}]" for role, known in (("agent", AGENTS), ("verifier", VERIFIERS))
+    ]
+    config = settings_of(tmp_path, ours)
     made = {
         "agent": AgentWorker(config.agent, Models(config.models), "w").sources(config.bus.lanes),
         "verifier": VerifierWorker(config.verifier, VerifierService(config.verifier), "w").sources(),
