@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -42,9 +43,10 @@ class FaultyModel:
         self.faults: Counter[str] = Counter()
         self._tries: Counter[str] = Counter()
         self.port = 0
-        self.open = asyncio.Event()
-        """Calls are answered while it is set."""
-        self.open.set()
+        self.held = 0
+        """Calls that are not answered now."""
+        self._hold_after = math.inf
+        self._open = asyncio.Event()
 
     def add(self, name: str, answers: Path, always: dict[int, int]) -> None:
         """An endpoint; `always`: tasks that get nothing but this HTTP status."""
@@ -64,6 +66,16 @@ class FaultyModel:
     async def __aexit__(self, *_: object) -> None:
         assert self._runner
         await self._runner.cleanup()
+
+    def hold_after(self, answered: int) -> None:
+        """Once so many calls were answered, answer none until `let_go`: a run cannot end before it is looked at."""
+        self._hold_after = answered
+        self._open.clear()
+
+    def let_go(self) -> None:
+        """Answer, from now on."""
+        self._hold_after = math.inf
+        self._open.set()
 
     @property
     def needed(self) -> int:
@@ -88,7 +100,12 @@ class FaultyModel:
                 status = fault
             dice -= share
         await asyncio.sleep(sample(m.latency_s, drawn) * (10 if drawn.random() < m.slow else 1))
-        await self.open.wait()
+        if self.asked.total() >= self._hold_after:
+            self.held += 1
+            try:
+                await self._open.wait()
+            finally:
+                self.held -= 1
         if status is not None:
             self.faults[str(status)] += 1
             return web.json_response(

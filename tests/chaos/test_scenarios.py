@@ -91,9 +91,11 @@ async def test_a_local_run_killed_with_all_its_children_is_finished_by_the_same_
 ) -> None:
     concurrency = 16
     command = ["eval", "run", str(choices), *at(model), "--output", "out", "--concurrency", str(concurrency)]
+    model.hold_after(80)
     running = cli.start(*command)
     await until(lambda: lines(cli.folder / "out" / "rollouts.jsonl") > 60)
     assert kill_at_once(running.pid) == 4  # the command, its server, an agent worker, a verifier worker
+    model.let_go()
     summary = await asyncio.to_thread(cli.json, *command)
     assert (summary["scored"], summary["failed"]) == (TASKS, 0)
     assert rewards(cli.folder / "out") == expected()
@@ -105,12 +107,14 @@ async def test_a_worker_that_was_paused_past_its_lease_makes_no_second_result(
     cli: Cli, choices: Path, model: FaultyModel, own_server: NatsServer
 ) -> None:
     short = [f"bus.url={own_server.url}", "bus.ack_wait_s=2.0", "bus.heartbeat_s=0.3", "agent.concurrency=8"]
+    model.hold_after(40)
     workers = [cli.start("worker", "agent", *at(model)[2:], *short, until="ready") for _ in range(2)]
     cli.start("worker", "verifier", *short, until="ready")
     running = cli.start("eval", "run", str(choices), *at(model), "--no-workers", "--output", "out", *short)
     rollouts = cli.folder / "out" / "rollouts.jsonl"
-    await until(lambda: lines(rollouts) > 20)
+    await until(lambda: lines(rollouts) > 20 and model.held == 16)  # both have their hands full
     workers[0].send_signal(signal.SIGSTOP)
+    model.let_go()
     async with await Bus.connect(BusConfig(url=own_server.url)) as bus:
         try:
             await until(lambda: delivered_again(bus))
@@ -137,11 +141,11 @@ async def test_a_second_run_of_one_output_folder_is_refused_and_disturbs_nothing
     cli: Cli, choices: Path, model: FaultyModel
 ) -> None:
     command = ["eval", "run", str(choices), *at(model), "--limit", "90", "--output", "out", "--concurrency", "4"]
+    model.hold_after(20)
     running = cli.start(*command)
     await until(lambda: lines(cli.folder / "out" / "rollouts.jsonl") > 10)
-    model.open.clear()
     refused = await asyncio.to_thread(cli.run, *command, code=2)
-    model.open.set()
+    model.let_go()
     assert f"already being written by process {running.pid}" in refused.stderr
     assert await exit_of(running) == 0
     assert rewards(cli.folder / "out") == expected(90)

@@ -105,12 +105,12 @@ def _binary(packed: Floats) -> NDArray[np.bool_]:
 
 def _share_of_draws(of_kind: NDArray[Any], count: NDArray[Any], k: int) -> Floats:
     """C(of_kind, k) / C(count, k), factor by factor: no overflow for any number."""
-    share = np.ones((1, len(count)))
+    share: Floats = np.ones(len(count))
     for first in range(0, k, _DRAWS):
         drawn = np.arange(first, min(first + _DRAWS, k))[:, None]
         factors = np.maximum(of_kind - drawn, 0) / np.maximum(count - drawn, 1)
-        share = np.multiply.reduce(np.vstack((share, factors)), axis=0, keepdims=True)  # row by row, in this order
-    return share[0]
+        share = np.multiply.reduce(np.vstack((share, factors)), axis=0)  # row by row, in this order
+    return share
 
 
 def pack_left(rewards: Floats) -> Floats:
