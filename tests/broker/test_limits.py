@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
+import pytest
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from conftest import NatsServer, until
@@ -161,6 +162,7 @@ def near(places: int | None) -> bool:
     return places is not None and abs(places - LIMIT) <= SLACK
 
 
+@pytest.mark.slow
 async def test_a_hard_limit_is_found_kept_and_shared_with_who_joins(bus: Bus, nats_server: NatsServer) -> None:
     async with sharing(nats_server.url, most_in_flight=LIMIT) as (endpoint, workers, key):
 

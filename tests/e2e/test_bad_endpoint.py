@@ -37,10 +37,11 @@ def endpoint() -> Iterator[BadEndpoint]:
         loop.close()
 
 
+@pytest.mark.slow
 def test_every_rollout_ends_in_one_result_of_the_right_class(cli: Cli, choices: Path, endpoint: BadEndpoint) -> None:
     settings = [
         f"models.policy.base_url=http://127.0.0.1:{endpoint.port}/v1",
-        "models.policy.call_limit_s=4.0",  # of two calls one at least ends in time, however the machine stalls
+        "models.policy.call_limit_s=2.5",  # of two calls one at least ends in time, however the machine stalls
         "models.policy.retry={unreachable: 1, rate_limited: 2, server_error: 1, timeout: 1, wait_s: 0.05}",
         "models.policy.retry.max_wait_s=0.2",
     ]

@@ -65,7 +65,7 @@ def test_failed_rollouts_are_replayed_into_the_same_job(cli: Cli) -> None:
 
 
 def test_a_local_run_is_looked_into_while_it_goes_on_and_after_it_was_killed(cli: Cli, choices: Path) -> None:
-    slow = ["models.simulated.simulated.latency_s.mean=1.5", "agent.concurrency=20"]
+    slow = ["models.simulated.simulated.latency_s.mean=3", "agent.concurrency=20"]
     running = cli.start("eval", "run", str(choices), "--model", "simulated", "--output", "out", *slow)
     out = cli.folder / "out"
 

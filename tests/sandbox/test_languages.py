@@ -117,7 +117,7 @@ async def test_a_case_that_ends_badly_leaves_the_next_one_whole(slot: Slot, sour
     bad = "if input() == 'bad':\n" + textwrap.indent(source, "    ") + "\n"
     limits: dict[str, Any] = {"memory_bytes": 128 * 2**20}
     if ended is Ended.WALL_LIMIT:
-        limits["wall_s"] = 6.0  # which the good ones have, too: so long no machine stands still
+        limits["wall_s"] = 4.0  # which the good ones have, too: so long no machine stands still
     if ended is Ended.CPU_LIMIT:
         limits["cpu_s"] = 1.0
 
