@@ -140,13 +140,13 @@ async def find_job(bus: Bus, job: str) -> JobRecord:
     subjects.token(job, "job")
     record: JobRecord | None = await bus.state.get(subjects.JOBS, job, JobRecord)
     if record is None:
-        known = [key for key in await bus.state.keys(subjects.JOBS) if "." not in key]
+        known = await bus.state.keys(subjects.JOBS, "*")
         raise UsageError(f"no job {job!r} on this server: {did_you_mean(job, known)}")
     return record
 
 
 async def list_jobs(bus: Bus) -> list[JobRecord]:
     """Every job the server knows, newest first."""
-    names = [key for key in await bus.state.keys(subjects.JOBS) if "." not in key]
+    names = await bus.state.keys(subjects.JOBS, "*")
     records = [await bus.state.get(subjects.JOBS, name, JobRecord) for name in names]
     return sorted((r for r in records if r is not None), key=lambda r: -r.created_at)

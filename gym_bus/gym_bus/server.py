@@ -58,13 +58,6 @@ def find_binary() -> str:
     return path
 
 
-def free_port() -> int:
-    """A loopback port that nobody listens on now."""
-    held, port = held_port()
-    held.close()
-    return port
-
-
 def held_port() -> tuple[socket.socket, int]:
     """A loopback port that nobody else is given until its socket is closed.
 

@@ -231,6 +231,17 @@ async def test_all_keys_of_a_bucket_are_found_however_often_it_is_asked(bus: Bus
     found = await asyncio.gather(*(bus.state.keys(subjects.TRAINERS) for _ in range(30)))
 
     assert [set(keys) for keys in found] == [names] * 30
+    assert await bus.state.keys(subjects.TRAINERS, "*") == []
+
+
+async def test_more_keys_than_a_server_lists_are_not_taken_for_all(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b.c", "d"):
+        await bus.state.put(subjects.JOBS, name, 1)
+    assert set(await bus.state.keys(subjects.JOBS, "*")) == {"a", "d"}
+    monkeypatch.setattr("gym_bus.bus.state.LISTED_KEYS", 2)
+
+    with pytest.raises(BusError, match="more keys than a server lists"):
+        await bus.state.keys(subjects.JOBS, "*")
 
 
 async def test_stored_messages_are_listed_with_their_ids(bus: Bus) -> None:

@@ -29,7 +29,7 @@ import pytest
 from gym_bus.benchmarks.spec import GitlabIdentifier, HuggingFaceIdentifier
 from gym_bus.benchmarks.stores import Place, Store, check_rows, open_store, place_of
 from gym_bus.errors import ConfigError, DataError, UsageError
-from gym_bus.server import free_port
+from gym_bus.server import held_port
 from gym_bus.settings import RegistryConfig
 
 ROW = '{"responses_create_params": {"input": "1+1?"}}\n'
@@ -267,7 +267,9 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = mlflow_command()
     if command is None:
         pytest.skip("no mlflow command with a server's dependencies on the PATH (pip install mlflow)")
-    folder, url = tmp_path_factory.mktemp("mlflow"), f"http://127.0.0.1:{free_port()}"
+    held, port = held_port()
+    held.close()
+    folder, url = tmp_path_factory.mktemp("mlflow"), f"http://127.0.0.1:{port}"
     address = urllib.parse.urlsplit(url)
     options = f"--host 127.0.0.1 --port {address.port} --workers 1 --artifacts-destination {folder}"
     process = subprocess.Popen(

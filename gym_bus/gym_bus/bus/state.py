@@ -11,10 +11,13 @@ from nats.js.kv import KeyValue
 
 from gym_bus import subjects
 from gym_bus.bus.asking import answered
+from gym_bus.errors import BusError
 from gym_bus.settings import BusConfig
 
 WORKER_AGE_S = 30.0
 """A worker that has not reported for so long is forgotten."""
+LISTED_KEYS = 100_000
+"""A server lists no more subjects of a stream at once."""
 
 
 class State:
@@ -72,12 +75,18 @@ class State:
         await self.bucket(bucket)
         await answered(self._js.purge_stream(_stream(bucket), subject=_subject(bucket, key)), f"{bucket}/{key}")
 
-    async def keys(self, bucket: str) -> list[str]:
-        """The keys of a bucket; for 100,000 at the most."""
+    async def keys(self, bucket: str, pattern: str = ">") -> list[str]:
+        """The keys of a bucket that match `pattern`, in which `*` stands for one part and `>` for all that follow.
+
+        Raises:
+            BusError: no answer, or more keys than a server lists.
+        """
         await self.bucket(bucket)
         # Not the client's `keys`: it finds none where all of them are on their way when it asks how many there are.
-        asked = self._js.stream_info(_stream(bucket), subjects_filter=_subject(bucket, ">"))
+        asked = self._js.stream_info(_stream(bucket), subjects_filter=_subject(bucket, pattern))
         found = (await answered(asked, bucket)).state.subjects or {}
+        if len(found) >= LISTED_KEYS:
+            raise BusError(f"{bucket} has more keys than a server lists, {LISTED_KEYS:,}: name the one you mean")
         return [subject.removeprefix(_subject(bucket, "")) for subject in found]
 
 

@@ -46,7 +46,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What one program may use. They hold for all its processes together."""
 
     wall_s: Annotated[float, Meta(gt=0)] = 12.0
-    """Wall-clock seconds per case. CPU decides 'too slow'; the wall limit catches programs that sleep."""
+    """Wall-clock seconds per case. CPU decides 'too slow'; the wall limit catches programs that sleep. One that
+    takes longer than that to be set up has the same time again."""
     cpu_s: Annotated[float, Meta(gt=0)] = 10.0
     """CPU seconds per case. A process that uses up the whole seconds is killed; what they use together is counted."""
     memory_bytes: Annotated[int, Meta(gt=0)] = 512 * 2**20

@@ -53,7 +53,8 @@ a bound on them."""
 MAX_MESSAGE = 65_536
 MOST_FDS = 8
 SET_UP_S = 10.0
-"""Of a program's process, beyond its own wall time: less than the owner waits for."""
+"""Beyond its own wall time, that a program's process may take to be set up. Where the owner loses patience first, the
+check is done again."""
 
 
 def main() -> NoReturn:
@@ -286,9 +287,7 @@ def _wait(pid: int, ready: int, limit_s: float | None, poll: select.poll, place:
     poll.register(pidfd, select.POLLIN)
     try:
         events = poll.poll(_ms(limit_s))
-        if not events and not _began(
-            ready, 0.0
-        ):  # the machine stands still, or is slow: that is not the program's time
+        if not events and not _began(ready, 0.0):  # a machine that stands still is not the program's doing
             events = poll.poll(_ms(limit_s)) if _began(ready, SET_UP_S) else []
         if any(fd == pidfd for fd, _ in events):
             return False

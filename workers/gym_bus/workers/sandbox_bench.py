@@ -27,6 +27,7 @@ STDIN, STDOUT = b"41\n", b"42\n"
 CASES = 20
 WARM_UP = 30
 IN_FLIGHT = 128
+CORES = len(os.sched_getaffinity(0))
 
 _BARE = """
 import sys; sys.path.insert(0, sys.argv[3])
@@ -204,7 +205,7 @@ def _interpreter() -> str:
 
 async def through_pool(count: int, executor: str) -> Rate:
     """Verifications of `code_gen` through the pool, as a verifier worker makes them."""
-    config = VerifierConfig(executor="ray" if executor == "ray" else "local", ray=RayConfig(actors=os.cpu_count() or 1))
+    config = VerifierConfig(executor="ray" if executor == "ray" else "local", ray=RayConfig(actors=CORES))
     service = VerifierService(config)
     row = json.dumps({"verifier_metadata": {"unit_tests": {"inputs": ["41\n"], "outputs": ["42\n"]}}}).encode()
     part = {"type": "output_text", "text": f"```python\n{SOURCE}\n```"}
@@ -235,7 +236,7 @@ async def measure_sandbox(count: int = 600, *, pools: bool = True) -> SandboxRep
         SandboxError: this machine does not give the isolation.
     """
     (single, cases), start_ms, slot_mb = await one_slot(count)
-    rates: list[Rate] = [single, cases, await slots_at_once(count, os.cpu_count() or 1)]
+    rates: list[Rate] = [single, cases, await slots_at_once(count, CORES)]
     plain = [_interpreter(), "-I", "-S", "-E", "-c", SOURCE]
     rates.append(await asyncio.to_thread(subprocesses, "python -I -S -E, a process each", plain, count // 6))
     rates.append(
